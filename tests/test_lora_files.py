@@ -276,7 +276,7 @@ def test_adapters_over_a_quantized_base_learn_and_the_base_stays(kind):
     for _ in range(5):
         logits = model(ids)[:, :-1].flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
