@@ -7,7 +7,9 @@ what it saves, and what it costs."""
 __all__ = ['tune_on_facts', 'replies_right', 'LoRAConfig', 'LoRALinear', 'dense_weight', 'apply_lora', 'lora_layers',
            'lora_parameters', 'merge_lora', 'unmerge_lora', 'without_lora', 'AdapterState', 'adapter_state',
            'load_adapter_state', 'base_fingerprint', 'TuningRun', 'optimizer_bytes', 'tuning_run', 'StorageRun',
-           'NewFact', 'new_facts', 'bits_stored', 'storage_run']
+           'NewFact', 'new_facts', 'bits_stored', 'storage_run', 'rows_update', 'BankLinear', 'AdapterBank',
+           'nf4_levels', 'NF4Weight', 'quantize_nf4', 'NF4Linear', 'quantize_base', 'merge_quantized', 'peft_names',
+           'save_adapter', 'read_adapter', 'load_adapter']
 
 # %% ../chapters/20_lora.ipynb #95540fbb
 # The imports of the module
@@ -185,14 +187,12 @@ class LoRALinear(nn.Module):
         """Return what PyTorch prints of the layer."""
         return f"rank={self.config.rank}, scale={self.config.scale:g}"
 
-# %% ../chapters/20_lora.ipynb #b66b54f8
+# %% ../chapters/20_lora.ipynb #75f7d473
 def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """Return the matrix that a linear layer multiplies by, as floats.
 
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
-    if not isinstance(layer, nn.Module):
-        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
@@ -553,9 +553,9 @@ def new_facts(world: TinyWorld, tokenizer: BPETokenizer) -> list[NewFact]:
 def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
     yield from (q for q in make_questions(world, "fact", split) if q.wording == 0)
 
-# %% ../chapters/20_lora.ipynb #e3bdc9a8
+# %% ../chapters/20_lora.ipynb #9d5647eb
 @torch.no_grad()
-def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]:
+def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
     """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
 
     Of a value that it gives the probability q among all possible ones, whose tokens a guess
@@ -601,6 +601,703 @@ def storage_run(
     )
     place = (n_steps, rank, learning_rate, seed)
     return StorageRun(*place, n_trained, len(facts), whole, right, stored)
+
+# %% ../chapters/20_lora.ipynb #9de41d84
+# What serving, four bits and files need, and take from earlier chapters
+import json
+from dataclasses import replace
+from pathlib import Path  # noqa: F811 (here the module needs it, too)
+from statistics import NormalDist
+from typing import Literal
+
+from jaxtyping import Int64, Int8, UInt8
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
+
+from .attention import KVCache
+from .environment import check_path, check_text, whole_directory
+from .generation import Completion, stored_bytes
+from .model import model_type
+
+# %% ../chapters/20_lora.ipynb #d2c10587
+def rows_update(
+    x: Float[Tensor, "batch sequence n_in"],
+    a: Float[Tensor, "adapters rank n_in"],
+    b: Float[Tensor, "adapters n_out rank"],
+    rows: Int64[Tensor, " batch"],
+) -> Float[Tensor, "batch sequence n_out"]:
+    """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
+    where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
+    """
+    return x @ a.index_select(0, rows).mT @ b.index_select(0, rows).mT
+
+# %% ../chapters/20_lora.ipynb #1aa78449
+class _Rows:
+    """Whose rows these are: for each row of a batch the number of an adapter, 0 for none."""
+
+    def __init__(self) -> None:
+        self.numbers: Tensor | None = None
+
+
+class BankLinear(nn.Module):
+    """A linear layer with the thin matrices of ``n`` adapters, zero until ``put`` sets them."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, base: nn.Module, rows: _Rows, n: int):
+        super().__init__()
+        self.base, self.rows = base, rows
+        like = dense_weight(base)
+        self.out_features, self.in_features = like.shape
+        self.register_buffer("a", like.new_zeros(n + 1, 1, self.in_features).detach())
+        self.register_buffer("b", like.new_zeros(n + 1, self.out_features, 1).detach())
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the base's output, and for each row what its adapter adds."""
+        out, numbers = self.base(x), self.rows.numbers
+        if numbers is None:
+            return out
+        if len(x) != len(numbers):
+            raise ValueError(f"x: expected a row for each of {len(numbers)} names, got {len(x)}")
+        wide = x.reshape(len(x), -1, self.in_features).to(self.a.dtype)
+        return out + rows_update(wide, self.a, self.b, numbers).reshape(out.shape).to(out.dtype)
+
+    def append(self, a: Tensor | None, b: Tensor | None) -> None:
+        """Add a pair of thin matrices, the scale multiplied into ``b``; or zeros."""
+        rank = self.a.size(1) if a is None else max(self.a.size(1), len(a))
+        new_a = self.a.new_zeros(len(self.a) + 1, rank, self.in_features)
+        new_b = self.b.new_zeros(len(self.b) + 1, self.out_features, rank)
+        new_a[:-1, : self.a.size(1)], new_b[:-1, :, : self.b.size(2)] = self.a, self.b
+        if a is not None and b is not None:
+            new_a[-1, : len(a)], new_b[-1, :, : b.size(1)] = a, b
+        self.a, self.b = new_a, new_b
+
+    def drop(self, number: int) -> None:
+        """Remove an adapter, and with it the room that only its rank needed."""
+        kept = [i for i in range(len(self.a)) if i != number]
+        a, b = self.a[kept], self.b[kept]
+        used = b.abs().sum(dim=(0, 1)).nonzero()
+        rank = 1 if not len(used) else int(used.max()) + 1
+        self.a, self.b = a[:, :rank].contiguous(), b[:, :, :rank].contiguous()
+
+# %% ../chapters/20_lora.ipynb #7852e21b
+class AdapterBank:
+    """Several adapters over one base, and batches in which each row has its own.
+
+    ``model`` is a ``TransformerLM`` without adapters, in floats or quantized; it is not changed.
+    """
+
+    def __init__(self, model: TransformerLM):
+        if not isinstance(model, TransformerLM):
+            raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+        if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
+            raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+        same = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.base, self.names = model, list[str]()
+        self._fingerprint, self._rows = base_fingerprint(model), _Rows()
+        self._model = deepcopy(model, same).eval()
+        self._waiting: Tensor | None = None  # whose rows will be generated
+        vars(self._model)["new_cache"] = self._new_cache  # of this set of modules only
+
+    def add(self, name: str, state: AdapterState, *, any_base: bool = False) -> None:
+        """Add an adapter. ``any_base`` is that of ``load_adapter_state``."""
+        self._check_new(name, state)
+        if not any_base and state.base != self._fingerprint:
+            expected = f"an adapter for this base, {self._fingerprint}"
+            raise ValueError(f"state: expected {expected}, got one for {state.base}")
+        targeted = _targeted(self.base, state.config)
+        _check_state(self.base, state, targeted)
+        for layer in targeted:
+            own = self._model.get_submodule(layer)
+            if not isinstance(own, BankLinear):
+                _replace(self._model, layer, BankLinear(own, self._rows, len(self.names)))
+        for layer, own in self._layers().items():
+            a, b = (state.tensors.get(f"{layer}.lora_{kind}") for kind in "ab")
+            own.append(a, None if b is None else b * state.config.scale)
+        self.names.append(name)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; the others stay."""
+        check_choice("name", name, self.names)
+        for own in self._layers().values():
+            own.drop(1 + self.names.index(name))
+        self.names.remove(name)
+
+    def __call__(
+        self,
+        ids: Int64[Tensor, "batch sequence"],
+        adapters: Sequence[str | None],
+        **options: Any,
+    ) -> Float[Tensor, "batch sequence vocab_size"]:
+        """Return logits, each row with its own adapter, or with none where ``adapters`` has None.
+
+        ``options`` are those of the model, such as ``position_ids``.
+        """
+        try:
+            self._rows.numbers = self._numbers(adapters, len(ids))
+            return self._model(ids, **options)
+        finally:
+            self._rows.numbers = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        adapters: Sequence[str | None],
+        **options: Any,
+    ) -> list[Completion]:
+        """Return completions as chapter 14's ``generate`` does, each row with its own adapter."""
+        if options.get("on_full") == "slide" or options.get("use_cache") is False:
+            expected = "a cache, and rows that do not slide over the end of the context"
+            raise ValueError(f"options: expected {expected}, got {options!r:.80}")
+        numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
+        texts: list[Any] = [
+            tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts
+        ]
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        try:
+            self._waiting = numbers[order]
+            return generate(self._model, texts, **options)
+        finally:
+            self._rows.numbers = self._waiting = None
+
+    def _new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
+        cache = TransformerLM.new_cache(self._model, batch_size, capacity, spare)
+        if self._waiting is not None:
+            self._rows.numbers = self._waiting[:batch_size]
+            self._waiting, reorder = self._waiting[batch_size:], cache.reorder
+
+            def follow(rows: Tensor) -> None:
+                reorder(rows)
+                assert self._rows.numbers is not None  # they were set with the cache
+                self._rows.numbers = self._rows.numbers[rows]
+
+            vars(cache)["reorder"] = follow
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the base and all adapters, each tensor once."""
+        return stored_bytes(self._model)
+
+    def _layers(self) -> dict[str, BankLinear]:
+        return {n: m for n, m in self._model.named_modules() if isinstance(m, BankLinear)}
+
+    def _check_new(self, name: object, state: object) -> None:
+        if not check_text(name, "name") or name in self.names:
+            raise ValueError(f"name: expected a new one, not of {self.names}, got {name!r}")
+        if not isinstance(state, AdapterState):
+            raise ValueError(f"state: expected an AdapterState, got {state!r:.60}")
+
+    def _numbers(self, adapters: Any, n: int) -> Tensor:
+        if isinstance(adapters, str) or not isinstance(adapters, Sequence) or len(adapters) != n:
+            expected = f"a name or None for each of {n} rows"
+            raise ValueError(f"adapters: expected {expected}, got {adapters!r:.60}")
+        for name in adapters:
+            if name is not None and name not in self.names:
+                known = ", ".join(self.names) or "(the bank is empty)"
+                raise ValueError(f"adapters: expected None or one of {known}, got {name!r:.60}")
+        numbers = [0 if name is None else 1 + self.names.index(name) for name in adapters]
+        return torch.tensor(numbers, device=self.base.embedding.weight.device)
+
+# %% ../chapters/20_lora.ipynb #49f5c843
+def nf4_levels() -> Float[Tensor, " 16"]:
+    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, section 3).
+
+    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1. The share of
+    probability within them is that of the authors' code.
+
+    >>> [round(level, 4) for level in nf4_levels().tolist()[6:10]]
+    [-0.0911, 0.0, 0.0796, 0.1609]
+    """
+    end, quantile = (31 / 32 + 29 / 30) / 2, NormalDist().inv_cdf
+    below = [-quantile(0.5 + (end - 0.5) * step / 7) for step in range(7, 0, -1)]
+    above = [quantile(0.5 + (end - 0.5) * step / 8) for step in range(1, 9)]
+    return torch.tensor([*below, 0.0, *above]) / above[-1]
+
+# %% ../chapters/20_lora.ipynb #8fe80f76
+class NF4Weight(NamedTuple):
+    """A matrix in four bits: two codes in a byte, and scales that are quantized, too."""
+
+    codes: UInt8[Tensor, " bytes"]
+    scales: Int8[Tensor, " blocks"]  # steps above or below their mean
+    steps: Float[Tensor, " groups"]  # what a step is worth, for 256 scales
+    mean: Float[Tensor, ""]
+    levels: Float[Tensor, " 16"]
+    shape: tuple[int, int]
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        """Return the matrix that this stands for."""
+        codes = torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten().int()
+        steps = self.steps.repeat_interleave(_SCALES)[: len(self.scales)]
+        scales = (self.scales * steps + self.mean).clamp(min=0)
+        blocks = self.levels[codes].view(len(scales), _BLOCK) * scales[:, None]
+        return blocks.flatten()[: self.shape[0] * self.shape[1]].view(self.shape)
+
+# %% ../chapters/20_lora.ipynb #8ac78bde
+_BLOCK, _SCALES = 64, 256  # weights that share a scale, and scales that share a step
+
+
+def quantize_nf4(
+    weight: Float[Tensor, "rows columns"], *, levels: Float[Tensor, " 16"] | None = None
+) -> NF4Weight:
+    """Round a matrix to four bits: each weight to the level that is nearest to it.
+
+    64 neighbors are divided by the largest absolute value among them, their scale. Of the scales,
+    256 neighbors are rounded together, to whole numbers of 8 bits around the mean of all
+    ("double quantization"; Dettmers et al., 2023, section 3). ``levels``: 16 rising numbers from
+    -1 to 1, by default ``nf4_levels()``. NaN and infinity raise a ``ValueError``.
+    """
+    _check_floats(weight)
+    levels = nf4_levels() if levels is None else _checked_levels(levels)
+    levels = levels.to(weight.device, torch.float32)
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    borders = (levels[1:] + levels[:-1]) / 2
+    scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, borders).to(torch.uint8).view(-1, 2)
+    mean = scales.mean()
+    rest = F.pad(scales - mean, (0, -len(scales) % _SCALES)).view(-1, _SCALES)
+    steps = rest.abs().amax(dim=1) / 128
+    whole = (rest / steps.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    small = whole.clamp(-128, 127).to(torch.int8).flatten()[: len(scales)]
+    packed = codes[:, 0] << 4 | codes[:, 1]
+    return NF4Weight(packed, small, steps, mean, levels, (weight.size(0), weight.size(1)))
+
+# %% ../chapters/20_lora.ipynb #cecf2250
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weights are stored in four bits, and multiplied as floats.
+
+    All it has are buffers: no gradient reaches them, only the input's passes through.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    steps: Tensor
+    mean: Tensor
+    levels: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Float[Tensor, " out_features"] | None = None):
+        super().__init__()
+        if not isinstance(weight, NF4Weight):
+            raise ValueError(f"weight: expected an NF4Weight, got {weight!r:.60}")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            expected = f"{self.out_features} numbers"
+            raise ValueError(f"bias: expected {expected}, got shape {tuple(bias.shape)}")
+        for name in ("codes", "scales", "steps", "mean", "levels"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, levels: Float[Tensor, " 16"] | None = None) -> "NF4Linear":
+        """Return the layer with the weights of ``linear``, rounded."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear: expected a Linear layer, got {linear!r:.60}")
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(quantize_nf4(linear.weight, levels=levels), bias)
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
+        """Return the matrix that the layer multiplies by."""
+        parts = self.codes, self.scales, self.steps, self.mean, self.levels
+        return NF4Weight(*parts, (self.out_features, self.in_features)).dequantize()
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the linear map of ``x``, in its dtype."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            expected = f"floats of shape (..., {self.in_features})"
+            raise ValueError(f"x: expected {expected}, got {x.dtype} of {tuple(x.shape)}")
+        out = _Product.apply(x, self)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+# %% ../chapters/20_lora.ipynb #86ad8796
+class _Product(torch.autograd.Function):
+    """The product of ``x`` and the matrix of a layer, which is made anew each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+
+# %% ../chapters/20_lora.ipynb #8b9d4b3a
+def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.Module:
+    """Return a copy of ``model`` whose linear layers are quantized, but for the head.
+
+    A layer that shares its matrix with another module stays as it is. A model with adapters is
+    refused: quantize its base, then add the adapters.
+    """
+    check_choice("kind", kind, ("nf4", "int8"))
+    _check_plain(model)
+    made = deepcopy(model)
+    layers: dict[str, Any] = dict(_linear_layers(made))
+    for name, layer in layers.items():
+        plain = type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head"
+        if plain and not _shares(made, layer):
+            new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
+            _replace(made, name, new)
+    return made
+
+# %% ../chapters/20_lora.ipynb #8eb8cb40
+def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
+    """Add each adapter to the matrix of its quantized base: dequantized, added to, and kept so.
+
+    With ``requantize`` the sum is rounded again to the base's kind, which loses a part of the
+    update; without, the layers become Linear ones. Returns for each layer the error of the merged
+    matrix relative to the update: the root of the sum of squares of each.
+    """
+    if not isinstance(requantize, bool):
+        raise ValueError(f"requantize: expected True or False, got {requantize!r:.60}")
+    errors = {}
+    for name, layer in lora_layers(model).items():
+        with torch.no_grad():
+            update = layer.update
+            dense = dense_weight(layer.base) + update
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        bias = getattr(layer.base, "bias", None)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        linear.register_parameter("bias", frozen)
+        new: nn.Module = linear
+        if requantize and isinstance(layer.base, NF4Linear):
+            new = NF4Linear.of(linear, levels=layer.base.levels)
+        elif requantize and isinstance(layer.base, QuantizedLinear):
+            new = QuantizedLinear.of(linear)
+        error = (dense_weight(new) - dense).norm() / update.norm().clamp(min=1e-30)
+        errors[name] = float(error)
+        _replace(model, name, new)
+    return errors
+
+# %% ../chapters/20_lora.ipynb #862bcecf
+# What weights, levels and models must be
+def _check_floats(weight: object) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(f"weight: expected a matrix of floats, got {weight!r:.60}")
+    if not weight.numel():
+        raise ValueError(f"weight: expected at least one number, got {tuple(weight.shape)}")
+    if not weight.isfinite().all():
+        wrong = weight[~weight.isfinite()][0].item()
+        raise ValueError(f"weight: expected finite numbers, got {wrong}")
+
+
+def _checked_levels(levels: Any) -> Tensor:
+    if not isinstance(levels, Tensor) or levels.shape != (16,) or not levels.is_floating_point():
+        raise ValueError(f"levels: expected 16 floats, got {levels!r:.60}")
+    if levels[0] != -1 or levels[-1] != 1 or not (levels[1:] > levels[:-1]).all():
+        raise ValueError(f"levels: expected to rise from -1 to 1, got {levels.tolist()!r:.60}")
+    return levels
+
+
+def _check_plain(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+    if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
+        raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+
+
+def _shares(model: nn.Module, layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return sum(module._parameters.get("weight") is weight for module in model.modules()) > 1
+
+# %% ../chapters/20_lora.ipynb #0742912e
+_HF_PARTS = {"blocks": "layers", "attention": "self_attn", "feed_forward": "mlp"}
+_GPT2_PARTS = {
+    "attention.q_proj": "attn.c_attn",
+    "attention.k_proj": "attn.c_attn",
+    "attention.v_proj": "attn.c_attn",
+    "attention.o_proj": "attn.c_proj",
+    "feed_forward.up_proj": "mlp.c_fc",
+    "feed_forward.down_proj": "mlp.c_proj",
+}
+
+# %% ../chapters/20_lora.ipynb #df81d192
+def peft_names(model: TransformerLM) -> dict[str, str]:
+    """Return what the linear layers of ``model`` are called in Hugging Face's class for it.
+
+    In GPT-2 three of ours have one name, as one matrix there makes queries, keys and values.
+    """
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    family = model_type(model.config)
+    names = [name.removesuffix(".base") for name in _linear_layers(model)]  # of adapted layers
+    if family != "llmbook":
+        names = [name for name in names if not name.endswith(".router")]  # no layer of theirs
+    return {name: _peft_name(name, family) for name in names}
+
+# %% ../chapters/20_lora.ipynb #4e1b4494
+def _peft_name(name: str, family: str) -> str:
+    if family == "llmbook" or name == "lm_head":
+        return name
+    if family == "gpt2":
+        number, _, rest = name.removeprefix("blocks.").partition(".")
+        return f"transformer.h.{number}.{_GPT2_PARTS[rest]}"
+    return "model." + ".".join(_HF_PARTS.get(part, part) for part in name.split("."))
+
+# %% ../chapters/20_lora.ipynb #c9e7b0c7
+def _fused(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Return one pair of thin matrices that does what several do, for outputs side by side.
+
+    Where there is none, zeros stand for it.
+    """
+    a, b = next(pair for pair in pairs if pair is not None)
+    whole = [(a.new_zeros(a.shape), b.new_zeros(b.shape)) if p is None else p for p in pairs]
+    return torch.cat([pair[0] for pair in whole]), torch.block_diag(*[pair[1] for pair in whole])
+
+# %% ../chapters/20_lora.ipynb #5b6bfd34
+def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the pairs that a fused one was made of; or raise a ``ValueError``."""
+    n = 3  # queries, keys, values
+    if len(a) == rank:
+        return [(a, part) for part in b.chunk(n)]
+    blocks = (
+        [part.contiguous() for part in a.chunk(n)],
+        [part[:, i * rank : (i + 1) * rank].contiguous() for i, part in enumerate(b.chunk(n))],
+    )
+    if len(a) != n * rank or not torch.equal(torch.block_diag(*blocks[1]), b):
+        raise ValueError(f"rank_pattern: expected three adapters of rank {rank}, side by side")
+    return [(a, b) if a.any() else None for a, b in zip(*blocks, strict=True)]
+
+# %% ../chapters/20_lora.ipynb #d91fb848
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+# %% ../chapters/20_lora.ipynb #ad2fdd03
+def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | None = None) -> None:
+    """Write the adapter of ``model`` as PEFT does: adapter_config.json and safetensors.
+
+    ``folder`` is new or empty, and appears only when it is complete. ``base_name`` is where PEFT
+    can find the base by itself, such as a folder of ``save_pretrained``.
+    """
+    if base_name is not None:
+        check_text(base_name, "base_name")
+    names, state = peft_names(model), adapter_state(model)
+    adapted = list(lora_layers(model))
+    if unknown := [name for name in adapted if name not in names]:
+        expected = "adapters of layers that Hugging Face's class has"
+        raise ValueError(f"model: expected {expected}, got one of {unknown[0]}")
+    config, entries = state.config, _entries(state.config, base_name)
+    tensors, fused = dict[str, Tensor](), model_type(model.config) == "gpt2"
+    for theirs in dict.fromkeys(names[name] for name in adapted):
+        ours = [name for name in names if names[name] == theirs]
+        pairs = [_pair(state, name) if name in adapted else None for name in ours]
+        a, b = next(pair for pair in pairs if pair is not None)
+        if fused and len(ours) > 1:
+            a, b = _fused(pairs)
+            share = len(a) // config.rank
+            entries["rank_pattern"][theirs.rpartition(".")[2]] = len(a)
+            # The scale stays: alpha / rank, or alpha / sqrt(rank).
+            grown = config.alpha * (math.sqrt(share) if config.rslora else share)
+            entries["alpha_pattern"][theirs.rpartition(".")[2]] = grown
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = b.cpu().contiguous()
+    entries["target_modules"] = _shortest({names[name] for name in adapted}, set(names.values()))
+    entries["fan_in_fan_out"] = fused
+    with whole_directory(check_path(folder, "folder")) as draft:
+        (draft / _CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
+
+# %% ../chapters/20_lora.ipynb #01dec5a2
+def _pair(state: AdapterState, name: str) -> tuple[Tensor, Tensor]:
+    return state.tensors[f"{name}.lora_a"], state.tensors[f"{name}.lora_b"]
+
+
+def _entries(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
+    """Return a configuration in PEFT's words."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+# %% ../chapters/20_lora.ipynb #76da1dc3
+def _shortest(wanted: set[str], known: set[str]) -> list[str]:
+    last = {name.rpartition(".")[2] for name in wanted}
+    selected = {name for name in known if name.rpartition(".")[2] in last}
+    return sorted(last if selected == wanted else wanted)
+
+# %% ../chapters/20_lora.ipynb #a1691647
+# Entries that may say anything, as they don't change what a loaded adapter computes
+_FREE = frozenset(
+    "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
+    "lora_dropout use_rslora target_modules rank_pattern alpha_pattern fan_in_fan_out megatron_core "
+    "qalora_group_size ensure_weight_tying layers_pattern runtime_config".split()
+)
+# Other entries, and what they may say; a start by "pissa", say, has changed the base
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+}
+_OFF: tuple[Any, ...] = (None, False, {}, [])
+
+# %% ../chapters/20_lora.ipynb #901c9720
+def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
+    """Return the configuration in a file, and all its entries."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing: is this the folder of an adapter?") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(entries, dict) or "r" not in entries or "target_modules" not in entries:
+        raise ValueError(f"{path}: expected an object with r and target_modules")
+    for name, value in entries.items():
+        expected = _ALLOWED.get(name, _OFF)
+        if name not in _FREE and not any(value is e or value == e for e in expected):
+            wanted = " or ".join(map(repr, expected[:2])) if name in _ALLOWED else "it switched off"
+            raise ValueError(f"{path}: {name}: expected {wanted}, got {value!r:.60}")
+    if "peft_type" not in entries:
+        raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
+    targets = entries["target_modules"]
+    if not isinstance(targets, str | list):
+        raise ValueError(f"{path}: target_modules: expected a text or a list, got {targets!r:.60}")
+    try:
+        check_whole("r", entries["r"], 1)
+        _check_positive("lora_alpha", entries.get("lora_alpha", 8))
+        check_fraction("lora_dropout", entries.get("lora_dropout", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    given = {
+        "rank": entries["r"],
+        "alpha": float(entries.get("lora_alpha", 8)),  # as PEFT has it
+        "dropout": float(entries.get("lora_dropout", 0.0)),
+        "targets": tuple(targets) if isinstance(targets, list) else targets,
+        "rslora": bool(entries.get("use_rslora", False)),
+    }
+    try:
+        return LoRAConfig(**given), entries
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+# %% ../chapters/20_lora.ipynb #8e3d1dfb
+def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:
+    """Return the adapter in ``folder``, ours or PEFT's, in the names of ``model``, its base.
+
+    Only safetensors are read, never a pickle. A file of PEFT does not say which weights it belongs
+    to: the adapter is then taken to be one for ``model``, if all shapes fit. A ``ValueError`` names
+    an entry or a tensor that is missing, unknown, or does not fit.
+    """
+    folder = check_path(folder, "folder")
+    names = peft_names(model)
+    config, entries = _read_config(folder / _CONFIG)
+    _check_patterns(folder, entries, names, model)
+    found, base = _read_tensors(folder)
+    hit = {theirs for theirs in names.values() if _is_target(config.targets, theirs)}
+    if not hit:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names.values()}))
+        got = entries["target_modules"]
+        raise ValueError(f"{folder}: target_modules: expected some of {known}, got {got!r:.80}")
+    wanted = {f"base_model.model.{n}.lora_{kind}.weight" for n in hit for kind in "AB"}
+    for words, faults in (
+        ("missing", wanted - found.keys()),
+        ("unexpected", found.keys() - wanted),
+    ):
+        if faults:
+            raise ValueError(f"{folder}: {len(faults)} tensors are {words}: {min(faults)}")
+    tensors = dict[str, Tensor]()
+    for theirs in sorted(hit):
+        a, b = (found[f"base_model.model.{theirs}.lora_{kind}.weight"] for kind in "AB")
+        ours = [name for name in names if names[name] == theirs]
+        _check_pair(folder, theirs, a, b, [model.get_submodule(name) for name in ours], entries)
+        pairs = [(a, b)] if len(ours) == 1 else _split(a, b, config.rank)
+        for name, pair in zip(ours, pairs, strict=True):
+            if pair is not None:
+                tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = pair
+    adapted = {name.rpartition(".")[0] for name in tensors}
+    targets = tuple(_shortest(adapted, set(names)))
+    return AdapterState(replace(config, targets=targets), tensors, base or base_fingerprint(model))
+
+# %% ../chapters/20_lora.ipynb #7aaa5302
+def load_adapter(model: TransformerLM, folder: str | Path, *, any_base: bool = False) -> None:
+    """Give ``model`` the adapter in ``folder``, see ``read_adapter`` and ``load_adapter_state``."""
+    state = read_adapter(folder, model)
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    if layers and replace(layers[0].config, targets=state.config.targets) == state.config:
+        state = state._replace(config=layers[0].config)  # the same layers in other words, perhaps
+    load_adapter_state(model, state, any_base=any_base)
+
+# %% ../chapters/20_lora.ipynb #d2892b62
+def _is_target(targets: str | tuple[str, ...], name: str) -> bool:
+    """Whether PEFT adapts the layer ``name``."""
+    if targets == "all-linear":
+        return name.rpartition(".")[2] != "lm_head"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+# %% ../chapters/20_lora.ipynb #87857667
+def _check_patterns(
+    folder: Path, entries: Mapping[str, Any], names: Mapping[str, str], model: TransformerLM
+) -> None:
+    """Allow other ranks for fused matrices only."""
+    fused = {"c_attn"} if model_type(model.config) == "gpt2" else set()
+    for entry in ("rank_pattern", "alpha_pattern"):
+        pattern = entries.get(entry) or {}
+        if not isinstance(pattern, dict) or pattern.keys() - fused:
+            expected = "one rank and one alpha for all layers"
+            raise ValueError(
+                f"{folder / _CONFIG}: {entry}: expected {expected}, got {pattern!r:.60}"
+            )
+
+# %% ../chapters/20_lora.ipynb #4af38094
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    path = folder / _TENSORS
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        reason = f"; {pickle.name} could run any program when it is opened" * pickle.exists()
+        raise ValueError(f"{folder}: expected {_TENSORS}{reason}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get("base")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
+
+# %% ../chapters/20_lora.ipynb #6f431354
+def _check_pair(
+    folder: Path,
+    theirs: str,
+    a: Tensor,
+    b: Tensor,
+    layers: Sequence[Any],
+    entries: Mapping[str, Any],
+) -> None:
+    """Demand the shapes of a layer's thin matrices, and in fused ones the scale of the others."""
+    last, rslora = theirs.rpartition(".")[2], entries.get("use_rslora", False)
+    rank = (entries.get("rank_pattern") or {}).get(last, entries["r"])
+    alpha = (entries.get("alpha_pattern") or {}).get(last, entries.get("lora_alpha", 8))
+    n_out = sum(layer.out_features for layer in layers)
+    for kind, tensor, shape in (
+        ("A", a, (rank, layers[0].in_features)),
+        ("B", b, (n_out, rank)),
+    ):
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{folder}: expected floats of shape {shape} for {theirs}.lora_{kind}, got {got}"
+            )
+    power = 0.5 if rslora else 1.0
+    scale = entries.get("lora_alpha", 8) / entries["r"] ** power
+    if not math.isclose(alpha / rank**power, scale):
+        raise ValueError(f"{folder / _CONFIG}: alpha_pattern: expected a scale of {scale:g}")
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ NOT_TRIED = {
     "lora.TuningRun",
     "lora.StorageRun",
     "lora.NewFact",
+    "lora.NF4Weight",
+    "lora.BankLinear",  # the layers of a bank, which shares an object among them
     "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
@@ -993,6 +996,14 @@ def with_adapters() -> model.TransformerLM:
 
 def new_fact() -> lora.NewFact:
     return lora.NewFact(instruction.Example((1, 2, 3), (False, True, True)), 1, {2: 1, 4: 1})
+def new_folder() -> str:
+    return tempfile.mkdtemp(dir=".")
+
+
+def saved_adapter() -> str:
+    folder = new_folder()
+    lora.save_adapter(with_adapters(), folder)
+    return folder
 
 
 def merged_adapters() -> dict[str, Any]:
@@ -1021,6 +1032,28 @@ EXAMPLES |= {
     "lora.base_fingerprint": lambda: {"model": lm()},
     "lora.optimizer_bytes": lambda: {"optimizer": optimization.AdamW(parameters())},
     "lora.bits_stored": lambda: {"model": lm(), "facts": [new_fact()]},
+    "lora.bits_stored": lambda: {"model": lm(), "facts": []},
+    "lora.rows_update": lambda: {
+        "x": torch.ones(2, 6, 8),
+        "a": torch.ones(3, 2, 8),
+        "b": torch.ones(3, 4, 2),
+        "rows": torch.tensor([0, 2]),
+    },
+    "lora.AdapterBank": lambda: {"model": lm()},
+    "lora.nf4_levels": {},
+    "lora.quantize_nf4": lambda: {"weight": torch.ones(4, 64)},
+    "lora.NF4Linear": lambda: {"weight": lora.quantize_nf4(torch.ones(4, 8))},
+    "lora.NF4Linear.of": lambda: {"linear": torch.nn.Linear(8, 4)},
+    "lora.quantize_base": lambda: {"model": lm()},
+    "lora.merge_quantized": lambda: {"model": with_adapters(), "requantize": False},
+    "lora.peft_names": lambda: {"model": lm()},
+    "lora.save_adapter": lambda: {"model": with_adapters(), "folder": new_folder()},
+    "lora.read_adapter": lambda: {"folder": saved_adapter(), "model": lm()},
+    "lora.load_adapter": lambda: {
+        "model": lm(),
+        "folder": saved_adapter(),
+        "any_base": True,
+    },
 }
 
 # Objects whose methods are tried as well.
