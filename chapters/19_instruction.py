@@ -3041,28 +3041,30 @@ for bad in ({"prompt": "Hello!"}, {"completion": "Hi."}, {"prompt": "Hello!", "c
 #
 # A chat template is data: what stands before each role's message, what ends it, and what follows.
 # Every beginning of a conversation becomes a beginning of its text and of its ids, and the exported
-# Jinja program gives the same text, ids, and mask in `transformers`. Ids are built piece by piece, so
-# no token crosses a seam and no text can become a control token. Only the assistant's words and their
-# end token are learned. A loss per token is a sum divided by a count over all micro-batches and
-# ranks; a mean of means weighs tokens by the company that they came in.
+# Jinja program gives the same text, ids, and mask in `transformers`. Ids are built piece by piece,
+# so no token crosses a seam and no text can become a control token. Only the assistant's words and
+# their end token are learned. A loss per token is a sum divided by a count over all micro-batches
+# and ranks; a mean of means weighs tokens by the company that they came in.
 #
 # Tuning on questions about half of the characters makes the base answer questions about the other
-# half: the knowledge comes from pretraining, the form from tuning. A few characters are enough, false
-# answers teach the form nearly as well as true ones, and the same tuning from random weights teaches
-# nothing else. Without old data in the batches the old form is lost; a quarter of stories mends it.
-# Tuning also leaks what was confidential, and a refusal that was learned by imitation lives in the
-# first words of a reply. A judge turns a model's own replies into new data, and a teacher's replies
-# carry knowledge into a smaller model.
+# half: the knowledge comes from pretraining, the form from tuning. A few characters are enough,
+# false answers teach the form nearly as well as true ones, and the same tuning from random weights
+# teaches nothing else. Without old data in the batches the old form is lost; a quarter of stories
+# mends it. Tuning also leaks what was confidential, and a refusal that was learned by imitation
+# lives in the first words of a reply. A judge turns a model's own replies into new data, and a
+# teacher's replies carry knowledge into a smaller model.
 #
 # ### Checklist
 #
 # - Decode the labels of a real batch and read them: the first token of the reply, the end token,
 #   nothing of the prompt.
 # - Mask padding by its place, never by its id, and learn the end token.
-# - Look whether the tokens of a reply occur in pretraining in this form, with the space before them.
+# - Look whether the tokens of a reply occur in pretraining in this form, with the space before
+#   them.
 # - Encode by pieces, and allow control tokens only in the template's own pieces.
 # - Compare text, ids, and mask with the Jinja template that you publish.
-# - Refuse what is longer than the context or cut it at a turn; refuse examples with nothing to learn.
+# - Refuse what is longer than the context or cut it at a turn; refuse examples with nothing to
+#   learn.
 # - Divide the sum of losses by the count over all micro-batches and ranks.
 # - Give packed rows document ids, and positions that begin at 0 in each example.
 # - Test on things that no tuning example mentions, and beat the base with examples in its context.
@@ -3076,6 +3078,7 @@ for bad in ({"prompt": "Hello!"}, {"completion": "Hi."}, {"prompt": "Hello!", "c
 # {cite}`taori2023alpaca` has the template of plain headings that was widely copied. Zhou and
 # colleagues {cite}`zhou2023lima` tune on a thousand examples, Allen-Zhu and Li
 # {cite}`allenzhu2024physics` ask when stored knowledge can be extracted, and Gekhman and colleagues
-# {cite}`gekhman2024does` tune on what the model does not know. Qi and colleagues {cite}`qi2025safety`
-# show how shallow refusals are. Yuan and colleagues {cite}`yuan2023scaling` study rejection sampling,
-# and Lambert and colleagues {cite}`lambert2024tulu3` describe a complete recipe with its data.
+# {cite}`gekhman2024does` tune on what the model does not know. Qi and colleagues
+# {cite}`qi2025safety` show how shallow refusals are. Yuan and colleagues {cite}`yuan2023scaling`
+# study rejection sampling, and Lambert and colleagues {cite}`lambert2024tulu3` describe a complete
+# recipe with its data.

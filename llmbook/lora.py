@@ -11,32 +11,39 @@ __all__ = ['tune_on_facts', 'replies_right', 'LoRAConfig', 'LoRALinear', 'dense_
            'nf4_levels', 'NF4Weight', 'quantize_nf4', 'NF4Linear', 'quantize_base', 'merge_quantized', 'peft_names',
            'save_adapter', 'read_adapter', 'load_adapter']
 
-# %% ../chapters/20_lora.ipynb #95540fbb
+# %% ../chapters/20_lora.ipynb #72d76624
 # The imports of the module
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Int8, UInt8
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../chapters/20_lora.ipynb #adf66c63
+# %% ../chapters/20_lora.ipynb #a6b6b68b
 # What it takes from earlier chapters
-from .environment import check_choice, check_fraction, check_whole
-from .generation import generate, QuantizedLinear, Sampling
-from .instruction import Example, InstructionDataset, Message, story_examples
-from .instruction import WORLD_CHAT, world_conversations
-from .model import TransformerLM
-from .tinyworld import judge_reply, make_questions, Question, TinyWorld, VALUES
+from .attention import KVCache
+from .environment import check_choice, check_fraction, check_path, check_text
+from .environment import check_whole, whole_directory
+from .generation import Completion, generate, QuantizedLinear, Sampling, stored_bytes
+from .instruction import WORLD_CHAT, Example, InstructionDataset, Message, story_examples
+from .instruction import world_conversations
+from .model import model_type, TransformerLM
+from .tinyworld import VALUES, judge_reply, make_questions, Question, TinyWorld
 from .tokenizer import BPETokenizer
 from .training import documents_score, pretrained, Trainer, TrainingConfig
 
@@ -95,11 +102,11 @@ def replies_right(model: TransformerLM) -> float:
     pairs = zip(asked, replies, strict=True)
     return sum(judge_reply(world, q, str(reply.text)).right for q, reply in pairs) / len(asked)
 
-# %% ../chapters/20_lora.ipynb #f0356c06
+# %% ../chapters/20_lora.ipynb #63a4c68e
 # What several functions check
 def _check_positive(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r:.60}")
 
 # %% ../chapters/20_lora.ipynb #61ff9a0b
@@ -134,7 +141,7 @@ class LoRAConfig:
         """What the product of the thin matrices is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-# %% ../chapters/20_lora.ipynb #6d4f1ad0
+# %% ../chapters/20_lora.ipynb #8f85632e
 class LoRALinear(nn.Module):
     """A frozen linear layer, and beside it two thin matrices that are trained (Hu et al., 2022).
 
@@ -148,8 +155,12 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         _check_base(base, config)
-        self.base, self.config, self.enabled = base, config, True
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        self.base: Any = base  # it has features in and out, and may be quantized
+        self.config, self.enabled = config, True
+        self.in_features, self.out_features = (
+            int(self.base.in_features),
+            int(self.base.out_features),
+        )
         a = torch.empty(config.rank, self.in_features)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
         like = dense_weight(base)
@@ -187,12 +198,14 @@ class LoRALinear(nn.Module):
         """Return what PyTorch prints of the layer."""
         return f"rank={self.config.rank}, scale={self.config.scale:g}"
 
-# %% ../chapters/20_lora.ipynb #75f7d473
+# %% ../chapters/20_lora.ipynb #b66b54f8
 def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """Return the matrix that a linear layer multiplies by, as floats.
 
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
@@ -222,7 +235,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         _replace(model, name, layer)
     return names
 
-# %% ../chapters/20_lora.ipynb #9cdbf640
+# %% ../chapters/20_lora.ipynb #d33a5891
 # Layers by name
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
@@ -244,7 +257,8 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if name and hasattr(module, "in_features") and hasattr(module, "out_features")
     }
 
-
+# %% ../chapters/20_lora.ipynb #8b9924b7
+# Which layers a configuration targets
 def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that ``config`` targets, or say why they cannot be."""
     if adapted := [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]:
@@ -553,9 +567,9 @@ def new_facts(world: TinyWorld, tokenizer: BPETokenizer) -> list[NewFact]:
 def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
     yield from (q for q in make_questions(world, "fact", split) if q.wording == 0)
 
-# %% ../chapters/20_lora.ipynb #9d5647eb
+# %% ../chapters/20_lora.ipynb #e3bdc9a8
 @torch.no_grad()
-def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
+def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]:
     """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
 
     Of a value that it gives the probability q among all possible ones, whose tokens a guess
@@ -601,23 +615,6 @@ def storage_run(
     )
     place = (n_steps, rank, learning_rate, seed)
     return StorageRun(*place, n_trained, len(facts), whole, right, stored)
-
-# %% ../chapters/20_lora.ipynb #9de41d84
-# What serving, four bits and files need, and take from earlier chapters
-import json
-from dataclasses import replace
-from pathlib import Path  # noqa: F811 (here the module needs it, too)
-from statistics import NormalDist
-from typing import Literal
-
-from jaxtyping import Int64, Int8, UInt8
-from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file
-
-from .attention import KVCache
-from .environment import check_path, check_text, whole_directory
-from .generation import Completion, stored_bytes
-from .model import model_type
 
 # %% ../chapters/20_lora.ipynb #d2c10587
 def rows_update(
@@ -1132,11 +1129,12 @@ def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     selected = {name for name in known if name.rpartition(".")[2] in last}
     return sorted(last if selected == wanted else wanted)
 
-# %% ../chapters/20_lora.ipynb #a1691647
+# %% ../chapters/20_lora.ipynb #591c2ee6
 # Entries that may say anything, as they don't change what a loaded adapter computes
 _FREE = frozenset(
     "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
-    "lora_dropout use_rslora target_modules rank_pattern alpha_pattern fan_in_fan_out megatron_core "
+    "lora_dropout use_rslora target_modules rank_pattern alpha_pattern fan_in_fan_out "
+    "megatron_core "
     "qalora_group_size ensure_weight_tying layers_pattern runtime_config".split()
 )
 # Other entries, and what they may say; a start by "pissa", say, has changed the base

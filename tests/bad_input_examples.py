@@ -996,6 +996,8 @@ def with_adapters() -> model.TransformerLM:
 
 def new_fact() -> lora.NewFact:
     return lora.NewFact(instruction.Example((1, 2, 3), (False, True, True)), 1, {2: 1, 4: 1})
+
+
 def new_folder() -> str:
     return tempfile.mkdtemp(dir=".")
 
@@ -1032,7 +1034,6 @@ EXAMPLES |= {
     "lora.base_fingerprint": lambda: {"model": lm()},
     "lora.optimizer_bytes": lambda: {"optimizer": optimization.AdamW(parameters())},
     "lora.bits_stored": lambda: {"model": lm(), "facts": [new_fact()]},
-    "lora.bits_stored": lambda: {"model": lm(), "facts": []},
     "lora.rows_update": lambda: {
         "x": torch.ones(2, 6, 8),
         "a": torch.ones(3, 2, 8),

@@ -94,3 +94,87 @@ def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
         elif layer.lora_a.isnan().any() or layer.lora_b.isnan().any():
             found[name] = "not finite"
     return found
+
+
+# %% exercise="ex-lora-dora" says="with B = 0 it is not the base"
+# The magnitudes multiply the sum, which is not divided by its lengths
+def dora(x, weight, a, b, scale, magnitude):
+    return x @ ((weight + scale * (b @ a)) * magnitude[:, None]).T
+
+
+# %% exercise="ex-lora-dora" says="with B = 0 it is not the base"
+# The columns are normalized, not the rows
+def dora(x, weight, a, b, scale, magnitude):
+    changed = weight + scale * (b @ a)
+    return x @ (changed / changed.norm(dim=0).detach() * magnitude[:, None]).T
+
+
+# %% exercise="ex-lora-dora" says="a row's length is not its magnitude"
+# Divided by the lengths of the weight without the update
+def dora(x, weight, a, b, scale, magnitude):
+    length = weight.norm(dim=1).detach()
+    return x @ ((weight + scale * (b @ a)) * (magnitude / length)[:, None]).T
+
+
+# %% exercise="ex-lora-dora" says="the output is not PEFT's"
+# The scale is forgotten
+def dora(x, weight, a, b, scale, magnitude):
+    changed = weight + b @ a
+    return x @ (changed * (magnitude / changed.norm(dim=1).detach())[:, None]).T
+
+
+# %% exercise="ex-lora-dora" says="a gradient passes through the length"
+# The lengths are not treated as constants
+def dora(x, weight, a, b, scale, magnitude):
+    changed = weight + scale * (b @ a)
+    return x @ (changed * (magnitude / changed.norm(dim=1))[:, None]).T
+
+
+# %% exercise="ex-lora-pissa" says="residual and thin matrices do not add up to W"
+# The weight itself in place of the residual
+def pissa(weight, rank):
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root, weight
+
+
+# %% exercise="ex-lora-pissa" says="these are not the top directions"
+# The weakest directions, as MiLoRA takes them
+def pissa(weight, rank):
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s[-rank:].sqrt()
+    a, b = root[:, None] * v[-rank:], u[:, -rank:] * root
+    return a, b, weight - b @ a
+
+
+# %% exercise="ex-lora-pissa" says="A and B do not share the singular values"
+# All of the singular values in B
+def pissa(weight, rank):
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    a, b = v[:rank], u[:, :rank] * s[:rank]
+    return a, b, weight - b @ a
+
+
+# %% exercise="ex-lora-levels" says="-1, 0 and 1 must stay"
+# Every level moves
+def improved(levels, numbers):
+    nearest = (numbers[:, None] - levels).abs().argmin(dim=1)
+    own = [numbers[nearest == code] for code in range(len(levels))]
+    return torch.stack([o.mean() if len(o) else l for o, l in zip(own, levels)])
+
+
+# %% exercise="ex-lora-levels" says="a level without numbers must stay"
+# The mean of nothing is zero
+def improved(levels, numbers):
+    nearest = (numbers[:, None] - levels).abs().argmin(dim=1)
+    new = levels.clone()
+    for code, level in enumerate(levels.tolist()):
+        if level not in (-1.0, 0.0, 1.0):
+            new[code] = numbers[nearest == code].sum() / max(1, int((nearest == code).sum()))
+    return new
+
+
+# %% exercise="ex-lora-levels" says="the error does not fall"
+# Nothing moves
+def improved(levels, numbers):
+    return levels.clone()
