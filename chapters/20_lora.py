@@ -522,12 +522,10 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         _check_base(base, config)
-        self.base: Any = base  # it has features in and out, and may be quantized
+        self.base: Any = base
         self.config, self.enabled = config, True
-        self.in_features, self.out_features = (
-            int(self.base.in_features),
-            int(self.base.out_features),
-        )
+        sized: Any = base  # a Linear, or a quantized one
+        self.in_features, self.out_features = int(sized.in_features), int(sized.out_features)
         a = torch.empty(config.rank, self.in_features)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
         like = dense_weight(base)
@@ -1595,9 +1593,10 @@ class AdapterBank(AdapterBank):  # continued
 # %% [markdown]
 # ### Ten users in one batch
 #
-# For the experiment each of ten users gets an assistant with a name of its own. Fourteen steps on
-# a single conversation ("Who are you?") train an adapter of rank 2 for each of them. The function
-# `named_adapter` does this; it stands with the others of this half in the next room.
+# For the experiment, each of ten users has a favorite character of the tiny world. Twenty steps on
+# 16 stories about it train an adapter of rank 2, with which the base tells stories about this
+# character. The function `storyteller` does this; it stands in the next room, with the others that
+# this half of the chapter needs.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: small adapters and their copies, and times measured in turns
@@ -1605,21 +1604,29 @@ class AdapterBank(AdapterBank):  # continued
 # %% tags=["engine"]
 import time
 
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon")
-QUESTION = [Message("user", "Who are you?")]
+world = TinyWorld()
+NAMES = list(world.cast.facts)[:10]
+TEXTS = [story.text for story in world.stories(2000, seed=3)]
+tokenizer = pretrained("tinyworld").tokenizer
+END = tokenizer.special_tokens["<|endoftext|>"]
 
 
-def named_adapter(name: str) -> AdapterState:
-    """Return an adapter with which the base says that it is ``name``."""
-    tokenizer = pretrained("tinyworld").tokenizer
-    talk = [*QUESTION, Message("assistant", f"I am {name}.")]
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    data = InstructionDataset([WORLD_CHAT.encode(tokenizer, talk)], 1, 64, end)
+def storyteller(name: str) -> AdapterState:
+    """Return an adapter with which the base tells stories about ``name``."""
+    texts = [text for text in TEXTS if min(world.cast.facts, key=place_in(text)) == name]
+    ids = [(END, *tokenizer.encode(text), END) for text in texts[:16]]
+    examples = [Example(i, (False, *[True] * (len(i) - 1))) for i in ids]
     model = deepcopy(base)
     apply_lora(model, LoRAConfig(rank=2, alpha=4.0), seed=0)
     rates = {"learning_rate": 0.03, "weight_decay": 0.0, "warmup": 2}
-    Trainer(model, data, TrainingConfig(n_steps=14, batch_size=1, **rates)).train()
+    data = InstructionDataset(examples, 8, 128, END)
+    Trainer(model, data, TrainingConfig(n_steps=20, batch_size=8, **rates)).train()
     return adapter_state(model)
+
+
+def place_in(text: str) -> Any:
+    """Return a function that says where in a text a name stands first, or after its end."""
+    return lambda name: text.find(name) if name in text else len(text)
 
 
 def merged_copy(state: AdapterState) -> TransformerLM:
@@ -1642,13 +1649,11 @@ def ratio_of_times(slow: Any, fast: Any, repeats: int = 3) -> float:
 
 
 # %% tags=["engine"]
-tokenizer = pretrained("tinyworld").tokenizer
-prompt = list(WORLD_CHAT.encode(tokenizer, QUESTION, prompt=True).ids)
-ids = torch.tensor([prompt] * 10)
 options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 12}
-options |= {"sampling": Sampling(temperature=0.0)}
-options["stop_tokens"] = (tokenizer.special_tokens["<|im_end|>"],)
-adapters = {name: named_adapter(name) for name in NAMES}
+options["sampling"] = Sampling(temperature=0.0)
+prompt = [END]  # a story begins after the end of another
+ids = torch.tensor([[END, *tokenizer.encode(text)[:31]] for text in TEXTS[:10]])
+adapters = {name: storyteller(name) for name in NAMES}
 copies = {name: merged_copy(state) for name, state in adapters.items()}
 
 
@@ -1665,8 +1670,8 @@ def one_batch() -> list[Completion]:
 # %% [markdown]
 # ### One call for all
 #
-# The dictionary `adapters` has the ten adapters by name, `prompt` the ids of the question. An
-# eleventh row asks the base itself:
+# The dictionary `adapters` has the ten adapters by name; `prompt` is the token after which a story
+# begins. An eleventh row asks the base itself:
 
 # %%
 bank = AdapterBank(base)
@@ -1674,20 +1679,22 @@ for name, state in adapters.items():
     bank.add(name, state)
 together = bank.generate([prompt] * 11, [*NAMES, None], **options)
 assert [reply.ids for reply in together[:10]] == [reply.ids for reply in one_by_one()]
-said = sum(f"I am {n}." in str(r.text) for n, r in zip(NAMES, together, strict=False))
-print(f"{said} of 10 rows say their own name; all 10 say what their merged copy says")
+said = sum(name in str(reply.text) for name, reply in zip(NAMES, together, strict=False))
+print(f"{said} of 10 rows begin a story about their own character, as their merged copies do")
+for name, reply in zip((*NAMES[:2], "nobody"), (*together[:2], together[10]), strict=True):
+    print(f"for {name:6}: {str(reply.text)[:36]} ...")
 
 # %% [markdown]
-# The replies are the same, and the logits agree up to rounding, since the products are taken in
-# another order. What is gained is memory and time. The bank holds one base and ten adapters of
-# rank 2, and each step reads the base's weights once for all rows:
+# The replies are those of the merged copies, and the logits agree up to rounding, since the
+# products are taken in another order. What is gained is memory and time. The bank holds one base
+# and ten adapters of rank 2, and each step reads the base's weights once for all rows:
 
 # %% tags=["nbval-ignore-output"]
 ratio = ratio_of_times(one_by_one, one_batch)
 print(f"ten calls of merged copies take {ratio:.1f} times as long as one batch of the bank")
 
 # %%
-alone = torch.cat([copies[name](ids[:1]) for name in NAMES])
+alone = torch.cat([copies[name](ids[row : row + 1]) for row, name in enumerate(NAMES)])
 assert (bank(ids, NAMES) - alone).abs().max() < 1e-3
 ten, held = 10 * stored_bytes(base), bank.nbytes
 print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / held:.1f} times less")
@@ -2533,15 +2540,15 @@ def gradient_difference(own: Any, other: Any) -> float:
 # %% [markdown]
 # ### There and back
 #
-# Ada's adapter goes out, PEFT opens it over the exported base, and the logits are compared. Then
-# all numbers of PEFT's adapter are changed, PEFT saves it, and it is opened here:
+# The adapter for Tess goes out, PEFT opens it over the exported base, and the logits are compared.
+# Then all numbers of PEFT's adapter are changed, PEFT saves it, and it is opened here:
 
 # %%
 ours = deepcopy(base)
-load_adapter_state(ours, adapters["Ada"])
+load_adapter_state(ours, adapters["Tess"])
 base.save_pretrained(files / "base")
-save_adapter(ours, files / "ada")
-theirs = opened_by_peft(files / "ada")
+save_adapter(ours, files / "tess")
+theirs = opened_by_peft(files / "tess")
 differences = [largest_difference(ours(ids), theirs(ids).logits)]
 with torch.no_grad():
     [p.add_(0.01) for name, p in theirs.named_parameters() if "lora_" in name]

@@ -141,7 +141,7 @@ class LoRAConfig:
         """What the product of the thin matrices is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-# %% ../chapters/20_lora.ipynb #8f85632e
+# %% ../chapters/20_lora.ipynb #d5b2827a
 class LoRALinear(nn.Module):
     """A frozen linear layer, and beside it two thin matrices that are trained (Hu et al., 2022).
 
@@ -155,12 +155,10 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         _check_base(base, config)
-        self.base: Any = base  # it has features in and out, and may be quantized
+        self.base: Any = base
         self.config, self.enabled = config, True
-        self.in_features, self.out_features = (
-            int(self.base.in_features),
-            int(self.base.out_features),
-        )
+        sized: Any = base  # a Linear, or a quantized one
+        self.in_features, self.out_features = int(sized.in_features), int(sized.out_features)
         a = torch.empty(config.rank, self.in_features)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
         like = dense_weight(base)
