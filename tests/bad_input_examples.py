@@ -327,7 +327,7 @@ def chat_losses() -> dict[str, Any]:
 
 def tuning_call() -> dict[str, Any]:
     example = instruction.WORLD_CHAT.encode(chat_bpe(), conversation())
-    settings = instruction.Tuning(n_steps=1, batch_size=2)
+    settings = instruction.Tuning(n_steps=1, batch_size=2, story_share=0.0)
     made = {"examples": [example], "settings": settings, "pad_id": 0}
     return {"model": chatting()["model"], **made}
 
