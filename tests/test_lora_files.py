@@ -302,7 +302,8 @@ def test_merging_into_a_quantized_base_says_its_error(kind):
     for name, (dense, size) in sums.items():
         made: Any = rounded.get_submodule(name)
         matrix = made.dequantize() if kind == "nf4" else made.weight.float() * made.scale[:, None]
-        assert errors[name] == pytest.approx(float((matrix - dense).norm() / size.detach()), rel=1e-4)
+        error = float((matrix - dense).norm() / size.detach())
+        assert errors[name] == pytest.approx(error, rel=1e-4)
         assert errors[name] > 0
     with pytest.raises(TypeError, match="requantize"):
         merge_quantized(model)  # type: ignore[call-arg]
