@@ -160,7 +160,7 @@ def test_tuning_repeats_and_learns(tokenizer, end):
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
     assert losses[0] == losses[1] and losses[0][-1] < 0.8 * losses[0][0]
-    with pytest.raises(ValueError, match="^stories: expected some"):
+    with pytest.raises(ValueError, match=r"^stories: expected some"):
         tune(model, examples, settings, end)
 
 
