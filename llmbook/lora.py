@@ -797,22 +797,22 @@ class AdapterBank:
         numbers = [0 if name is None else 1 + self.names.index(name) for name in adapters]
         return torch.tensor(numbers, device=self.base.embedding.weight.device)
 
-# %% ../chapters/20_lora.ipynb #49f5c843
+# %% ../chapters/20_lora.ipynb #3e7483c3
 def nf4_levels() -> Float[Tensor, " 16"]:
     """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, section 3).
 
     Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1. The share of
     probability within them is that of the authors' code.
 
-    >>> [round(level, 4) for level in nf4_levels().tolist()[6:10]]
-    [-0.0911, 0.0, 0.0796, 0.1609]
+    >>> [round(level, 3) for level in nf4_levels().tolist()[6:10]]
+    [-0.091, 0.0, 0.08, 0.161]
     """
     end, quantile = (31 / 32 + 29 / 30) / 2, NormalDist().inv_cdf
     below = [-quantile(0.5 + (end - 0.5) * step / 7) for step in range(7, 0, -1)]
     above = [quantile(0.5 + (end - 0.5) * step / 8) for step in range(1, 9)]
     return torch.tensor([*below, 0.0, *above]) / above[-1]
 
-# %% ../chapters/20_lora.ipynb #8fe80f76
+# %% ../chapters/20_lora.ipynb #7c782cd6
 class NF4Weight(NamedTuple):
     """A matrix in four bits: two codes in a byte, and scales that are quantized, too."""
 
@@ -827,6 +827,7 @@ class NF4Weight(NamedTuple):
         """Return the matrix that this stands for."""
         codes = torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten().int()
         steps = self.steps.repeat_interleave(_SCALES)[: len(self.scales)]
+        # Rounding may take a scale below zero, which would turn the signs of its block around
         scales = (self.scales * steps + self.mean).clamp(min=0)
         blocks = self.levels[codes].view(len(scales), _BLOCK) * scales[:, None]
         return blocks.flatten()[: self.shape[0] * self.shape[1]].view(self.shape)
