@@ -1926,10 +1926,11 @@ def draw_tuning() -> None:
 
     _, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
     points(left, few, None, "o-")
-    left.axhline(0.62, linestyle="--", color="gray")
+    left.axhline(0.62, linestyle="--", color="gray", label="base, four examples")
     left.set_xticks(range(5), ["1", "3", "6", "12", "24"])
     left.set(xlabel="characters in tuning", ylabel="share", ylim=(-0.03, 1.05))
     left.set_title("Right about the other half")
+    left.legend(loc="lower right")
     points(right, [over_seeds(row, "facts") for row in shares], "right answers", "o-")
     points(right, [over_seeds(row, "stories") for row in shares], "consistent stories", "s--")
     right.set_xticks(range(3), ["0 %", "25 %", "50 %"])
