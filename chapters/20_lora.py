@@ -6,8 +6,8 @@
 #
 # Ten hospitals want ten assistants, each tuned on its own forms and in its own tone. The model has
 # seven billion weights, so that each assistant is a file of 13 GB, needs a card to run on, and more
-# than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: tuning moves each
-# weight by a few percent.
+# than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: in the experiment
+# below, tuning changes the matrices by about a tenth of their size.
 #
 # So one would like to store only the difference. As a matrix it is just as large as what it is
 # added to; but if it were the product of two thin matrices, a column of numbers times a row, say,
