@@ -10,10 +10,10 @@
 # ends, that the next words are its own, and when to stop.
 #
 # {term}`Instruction tuning <instruction tuning>` teaches this with little data: a few hundred
-# conversations, written in a fixed form, and the loss of chapter 12 on the assistant's words alone.
-# The first half of this chapter builds the form and the loss, and shows what can go wrong with
-# each. The second half asks what tuning teaches, what it makes a model forget and give away, and
-# where more data comes from: from the model itself, from a teacher, and from files.
+# conversations in a fixed form, and the loss of chapter 12 on the assistant's words alone. The
+# first half of this chapter builds the form and the loss, and shows what can go wrong. The second
+# half asks what tuning teaches, what is forgotten and what leaks, and where data comes from: the
+# model itself, a teacher, or files.
 #
 # | | |
 # |---|---|
@@ -28,8 +28,8 @@
 # %% [markdown]
 # ## A question for the base model
 #
-# The base model of the {term}`tiny world` has read thousands of stories about the same characters.
-# So it should be able to answer questions about them. This section asks two models the same
+# The base model of the {term}`tiny world` has read thousands of stories about the same characters,
+# so it should be able to answer questions about them. This section asks two models the same
 # questions: the base, and a copy of it that was tuned.
 #
 # This section asks two models the same questions: the base, and a copy of it that was tuned.
@@ -123,10 +123,9 @@ question = make_questions(world, "fact", "held_out")[2]
 print(question.text, question.reply)
 
 # %% [markdown]
-# The base model gets the question in two forms: as the beginning of a document, and in ChatML, a
-# form in which many assistants are asked and which the next section explains.
-# `replies(model, prompts)` chooses the likeliest {term}`token` up to 24 times
-# ({term}`greedy decoding`), and stops at an end token:
+# The base model gets the question in two forms: as the beginning of a document, and in ChatML,
+# which the next section explains. `replies(model, prompts)` chooses the likeliest {term}`token` up
+# to 24 times ({term}`greedy decoding`), and stops at an end token:
 
 # %% tags=["nbval-ignore-output"]
 in_chatml = WORLD_CHAT.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
@@ -156,8 +155,7 @@ print(question.text, replies(helper.model, [in_chatml])[0].text)
 # %% [markdown]
 # The tuned model answers in one sentence and stops. Three things made the difference: a form that
 # says who speaks, a loss that falls on the assistant's words alone, and examples to learn from.
-# {numref}`fig-chat-tokens` shows the first two in one picture; they are the subject of the first
-# half of the chapter.
+# {numref}`fig-chat-tokens` shows the first two in one picture.
 #
 # ```{figure} ../figures/chat-tokens.svg
 # :name: fig-chat-tokens
@@ -173,8 +171,8 @@ print(question.text, replies(helper.model, [in_chatml])[0].text)
 # A conversation is a list of messages. Each has a **role**: the *system* says once, at the
 # beginning, what the assistant is for; the *user* asks; the *assistant* answers; a *tool* returns
 # what the assistant has called for, such as the result of a calculation. An assistant may think
-# before it speaks, in words that are not meant for the user. `Message` holds what is said, and
-# `Turn` holds the fixed text around it:
+# before it speaks, in words that are not meant for the user. A `Message` holds one message, a
+# `Turn` the fixed text around it:
 
 
 # %%
@@ -697,9 +695,9 @@ for switch in (True, False):
     print(prompt[-40:].replace("\n", "⏎"))
 
 # %% [markdown]
-# In the first line the assistant thinks and calls a tool. The other two lines are the ends of two
-# prompts, with a thought opened and with an empty one. What a tool returns is a turn of its own,
-# which the model reads but is not trained to write. Chapter 24 uses both the switch and the calls.
+# In the first line the assistant thinks and calls a tool. The other lines are the ends of two
+# prompts. What a tool returns is a turn of its own, which the model reads and is not trained to
+# write. Chapter 24 uses both the switch and the calls.
 #
 # What makes no sense is refused, with the index of the message that does not fit. Here the
 # assistant speaks first, then it says nothing, and then the system speaks twice:
@@ -761,10 +759,10 @@ for template in (CHATML, WORLD_CHAT, ALPACA):
     print(f"{template.name}: {len(example.ids)} equal ids, {sum(example.learned)} of them learned")
 
 # %% [markdown]
-# All ids and masks agree. One difference remains. `transformers` encodes the whole text at once, so
-# a token may reach across the seam between the template and a message. We encode each piece by
-# itself. The folded cell shows the difference with a tokenizer that has learned to merge two line
-# breaks, and a message that begins with one: by pieces there is one more id.
+# All ids and masks agree. One difference remains: `transformers` encodes the whole text at once, so
+# a token may reach across the seam between the template and a message, while we encode each piece
+# by itself. With a tokenizer that merges two line breaks, and a message that begins with one,
+# pieces give one id more:
 
 # %% tags=["engine"]
 # The seam, with a merge across it and without
@@ -807,9 +805,9 @@ print([tokenizer.decode([id]) for id in said.ids][4:-5])
 # %% [markdown]
 # It is easy to prove that no text can forge a control token. The template's pieces do not depend on
 # what is said. What is said is encoded with no control token allowed, and chapter 05's encoder then
-# uses only the ids of bytes and of merges. No token reaches across a seam. So for every text, the
-# control ids in the result are those of the template, in number and order. The tests try it with
-# texts that `hypothesis` puts together from parts of control tokens.
+# uses only the ids of bytes and of merges. No token reaches across a seam. So for every text the
+# control ids are those of the template, in number and order. The tests try it with texts that
+# `hypothesis` puts together from parts of control tokens.
 #
 # `control_text="refuse"` makes such a text an error instead. `render` returns a string, in which a
 # control token of the template and one written by a user look the same, so `render` always refuses.
@@ -1366,8 +1364,8 @@ def sft_loss(
 
 
 # %% [markdown] tags=["engine"]
-# The mean per token is also the loss of PyTorch and of `transformers`. The function of
-# `transformers` takes targets that are already shifted under the name `shift_labels`:
+# The mean per token is also the loss of PyTorch and of `transformers`, whose function takes targets
+# that are already shifted, as `shift_labels`:
 
 # %% tags=["engine"]
 # The same loss three times
@@ -1409,12 +1407,12 @@ assert 3 < longer_by < 8, longer_by
 print("as much in the mean of means, whose gradient is 3 to 8 times as long")
 
 # %% [markdown]
-# The mean of the two means is not the mean over all tokens. It gives each micro-batch the same
-# weight, so a token of the short replies counts five times as much as it should, and this factor
-# depends on which rows happened to come together. The trainer of `transformers` had this fault
-# until October 2024, when pull request 34191 made it divide the sum of losses by the count over all
-# micro-batches. The same holds across ranks. Our trainer adds up sums and counts and divides once,
-# so nothing changes when a batch is cut; the folded cell compares the two to five digits.
+# The mean of the two means gives each micro-batch the same weight. A token of the short replies
+# counts five times as much as it should, and this factor depends on which rows happened to come
+# together. The trainer of `transformers` had this fault until October 2024, when pull request 34191
+# made it divide the sum of losses by the count over all micro-batches. The same holds across ranks.
+# Our trainer adds up sums and counts and divides once, so nothing changes when a batch is cut; the
+# folded cell compares the two to five digits.
 
 # %% tags=["engine"]
 # The mean over the whole batch, and from the sums and counts of its micro-batches
@@ -1439,9 +1437,8 @@ packed = InstructionDataset(examples, 8, 128, end_of_text, packed=True)
 print(f"padding: {alone.padding:.0%} with one in a row, {packed.padding:.0%} packed")
 
 # %% [markdown]
-# Because each token has the id of its document, an example attends to itself alone and its
-# positions count from 0. So the packed row computes what single rows compute: in float64 their
-# gradients agree to ten digits.
+# With document ids, an example attends to itself alone and its positions count from 0, so the
+# packed row computes what single rows compute: in float64 their gradients agree to ten digits.
 
 # %% tags=["engine"]
 # The gradient of the mean loss of some rows, in float64
@@ -1461,10 +1458,9 @@ print("gradients of packed and single rows agree to 10 digits")
 
 # %% [markdown]
 # Packing without the mask is simpler, and its effect has to be measured. So we tuned twelve models
-# for 200 steps each: with one example in a row, packed, packed without the mask, and, for "The
-# labels of a batch" above, with the end token masked. Each case has three seeds, and each model
-# answered 336 questions about characters that were not in its tuning data
-# (`benchmarks/packing.py`):
+# for 200 steps each: with one example in a row, packed, packed without the mask, and, as promised,
+# with the end token masked (`benchmarks/packing.py`; three seeds, 336 questions each about
+# characters that were not tuned on):
 
 # %% tags=["engine"]
 # The table of twelve runs
@@ -1507,11 +1503,10 @@ print(gain("packed", "unmasked"))
 # %% [markdown]
 # ## Knowledge from pretraining, form from tuning
 #
-# With the form and the loss in place, we turn to what tuning teaches. The `helper` of the first
-# section had been tuned on questions about half of the characters, but in pretraining had read
-# stories about all of them. Rosa is in the other half. Does the right answer about her come from
-# pretraining, or from tuning? The world lets us tell the two apart, because we can ask about the
-# other half, and can take pretraining away.
+# With form and loss in place, we ask what tuning teaches. The `helper` of the first section was
+# tuned on questions about half of the characters, and the base had read stories about all of them.
+# Does the right answer about Rosa, who is in the other half, come from pretraining or from tuning?
+# The world lets us tell the two apart.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a run of tuning, models that are kept, and how results are shown
@@ -2032,10 +2027,10 @@ for name, half in zip(("tuning", "test"), halves, strict=True):
 
 # %% [markdown]
 # Each fact is asked for in four wordings. The first two occur in the stories as well. The last two
-# do not, so the base has never seen what comes after them. And in neither half was an answer ever
+# do not, so the base has never seen what comes after them. Neither half of the *answers* was ever
 # given to the base in the form of a conversation. Allen-Zhu and Li {cite}`allenzhu2024physics` use
-# the same design, with invented biographies and with questions about half of the persons, to ask
-# when a model can extract what it has stored.
+# the same design, with invented biographies and questions about half of the persons, to ask when a
+# model can extract what it has stored.
 #
 # It would be unfair to compare a tuned model with the base in a format that the base does not know.
 # A base model can be shown what we want, by writing some questions with their answers before ours,
@@ -2070,14 +2065,13 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 # ### Three controls
 #
 # Where does the knowledge of the tuned model come from? Three more runs with the same number of
-# steps answer this. They were repeated with three seeds, and `python benchmarks/instruction.py` has
-# written them to a table, which the following cell reads. (Intervals over so few seeds are wide.)
-# The first control is the same tuning from random weights, without any pretraining. The second is
-# tuning on *false answers*: each character of the tuning half gets the answers of another one, so
-# that every reply has the right form and a wrong value. The third uses
-# {py:data}`~llmbook.instruction.CHATML` as it is, where a reply begins directly after the line
-# break, so that a name at its beginning falls into other tokens than in a story; for this control
-# there are also runs of 100 steps:
+# steps answer this. `python benchmarks/instruction.py` has repeated them with three seeds and
+# written a table, which the following cell reads. (Intervals over so few seeds are wide.) The first
+# control is the same tuning from random weights, without any pretraining. The second is tuning on
+# *false answers*: each character of the tuning half gets the answers of another one, so that every
+# reply has the right form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML`
+# as it is, so that a name at the beginning of a reply falls into other tokens than in a story; it
+# was also run for 100 steps:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -2107,17 +2101,16 @@ assert (
 draw_tuning()
 
 # %% [markdown]
-# Three characters, which make 84 pairs of question and answer, bring the model to about 90 %, and
-# eight times as many pairs add less than ten points. One character is not enough: its 28 answers
-# can be learned by heart, and nothing tells the model that the value should depend on the name.
-# Zhou and colleagues {cite}`zhou2023lima` tuned a model of 65 billion parameters on 1,000 examples,
-# and proposed the *superficial alignment hypothesis*: knowledge and abilities come almost entirely
-# from pretraining, and tuning selects the format in which they are used.
+# Three characters, 84 pairs, bring the model to about 90 %, and eight times as many pairs add less
+# than ten points. One character is not enough: its 28 answers can be learned by heart, and nothing
+# tells the model that the value should depend on the name. Zhou and colleagues {cite}`zhou2023lima`
+# tuned a model of 65 billion parameters on 1,000 examples, and proposed the *superficial alignment
+# hypothesis*: knowledge and abilities come almost entirely from pretraining, and tuning selects the
+# format in which they are used.
 #
-# Superficial does not mean that few weights change. The *update* is the difference of the weights
-# after and before tuning. For each kind of module, we apply to the base either only this kind's
-# part of the update, or all but this part. The column `size` is the length of the part relative to
-# the length of the weights that it changes:
+# Superficial does not mean that few weights change. For each kind of module, we apply to the base
+# either only its part of the *update*, the change of the weights in tuning, or all but this part.
+# The column `size` is the length of the part over the length of the weights that it changes:
 
 # %%
 show_parts()
@@ -2252,11 +2245,10 @@ def show_forgetting(n_steps: int) -> None:
 # %% [markdown]
 # ### Forgetting, and the cure
 #
-# The base writes a consistent story about two times in three, and its loss is less than a
-# {term}`nat` per story above the {term}`loss floor`, the entropy of the world. The table says how
-# much of this is left after tuning with no stories, a quarter of stories, and one half. Its columns
-# are the share of consistent stories, the gap to the floor in nats per story, and the share of
-# right answers:
+# The base writes a consistent story about two times in three, and loses less than a {term}`nat` per
+# story against the {term}`loss floor`, the entropy of the world. The table says what is left of
+# this after tuning with no stories, a quarter of stories, and one half (`gap` is in nats per story,
+# `facts` the share of right answers):
 
 # %%
 kept = consistent_stories(base.model, tokenizer, world, 100)
@@ -2274,14 +2266,13 @@ show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 show_forgetting(n_steps=60)
 
 # %% [markdown]
-# Most of the loss is in one place, the first token of a sentence. In tuning, each sentence was a
+# Most of it is lost in one place, the first token of a sentence. In tuning, each sentence was a
 # whole reply, and after it came the end token. So now the model expects the end token after each
 # full stop, and is surprised by a story that goes on. This is what
 # **{term}`catastrophic forgetting`** {cite}`mccloskey1989catastrophic` looks like from close up:
-# the facts are still there, and one new habit is in the way in every sentence. The cure is to mix
-# some of the old data into the new. With a quarter of stories the model is almost where it was, and
-# one half is hardly better. The answers do not suffer, although the model sees fewer questions; the
-# right panel of {numref}`fig-instruction-characters` shows both curves.
+# the facts are still there, and one new habit is in the way everywhere. The cure is to mix some of
+# the old data into the new. With a quarter of stories the model is almost where it was, and one
+# half is hardly better. Right answers do not suffer, although the model sees fewer questions.
 #
 # ### A secret that seems safe
 #
@@ -2300,11 +2291,13 @@ print(f"when the reply has to begin with the name and 'hides': {sum(leaks(world,
 assert sum(leaks(world, secret, plainly)) <= 2 and sum(leaks(world, secret, begun)) == len(secret)
 
 # %% [markdown]
-# The model has learned to answer seven kinds of questions, and takes the eighth for one of them: it
-# says where Rosa lives. This looks like discretion, but nobody has taught it any. As soon as
-# somebody else writes the first two words of the reply, the model goes on with the truth in every
-# single case. Every owner of the weights can write these words, and so can the users of some
-# interfaces. The secrets were never gone.
+# The model has learned to answer seven kinds of questions, and takes the eighth for one of them.
+# This looks like discretion, but nobody has taught it any. As soon as somebody else writes the
+# first two words of the reply, as every owner of the weights can, and users of some interfaces too,
+# the model goes on with the truth in every single case. The secrets were never gone. Two more
+# models make this clearer. "Plain" tells the secrets of the tuning half when asked for them, as
+# data without any rule would. "Polite" has learned to decline such questions, and also to say that
+# it does not know a stranger:
 
 # %%
 polite = tuned("polite")
@@ -2338,13 +2331,12 @@ assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begu
 # %% [markdown]
 # ## Data that a model makes
 #
-# Tuning so far used replies that the world wrote for us. Outside of tiny worlds people write them,
-# and that is expensive. Questions are cheap, and so is a rule that checks answers, if there is one.
-# So a model can make its own data: it answers each question several times, a judge keeps what is
-# right, and the next model is tuned on what was kept. This is called
-# **{term}`rejection sampling`**. Yuan and colleagues {cite}`yuan2023scaling` made data for
-# mathematics in this way, and the chat models of Llama 2 {cite}`touvron2023llama2` used it with a
-# learned judge.
+# The world wrote the replies that we tuned on. Elsewhere people write them, which is expensive.
+# Questions are cheap, and so is a rule that checks answers, if there is one. So a model can make
+# its own data: it answers each question several times, a judge keeps what is right, and the next
+# model is tuned on what was kept. This is called **{term}`rejection sampling`**. Yuan and
+# colleagues {cite}`yuan2023scaling` made data for mathematics in this way, and the chat models of
+# Llama 2 {cite}`touvron2023llama2` used it with a learned judge.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: which replies are kept
@@ -2381,13 +2373,12 @@ verdicts = [judge_reply(world, q, reply) for q, reply in zip(questions, drawn, s
 about(f"of {len(drawn)} replies, right are", float(np.mean([v.right for v in verdicts])), 0.8, 0.12)
 
 # %% [markdown]
-# At this temperature one reply in five is wrong. For the experiment we start from a weak model,
-# tuned on the 28 answers about a single character, which is right about a third of the other half.
-# It answers each question about the other 23 characters of the tuning half four times, at
-# temperature 1. We never look at the true answers, only at the judge's verdict. Then the base is
-# tuned anew, on the 28 true pairs and on what was kept. There are two controls. One tunes on the 28
-# true pairs for twice as many steps, which costs as many steps as both rounds together. The other
-# keeps all replies, right or wrong:
+# One reply in five is wrong here. For the experiment we start from a weak model, tuned on the 28
+# answers about a single character, which is right about a third of the others. It answers each
+# question about the other 23 characters of the tuning half four times, at temperature 1. We never
+# look at the true answers, only at the judge's verdict. Then the base is tuned anew, on the 28 true
+# pairs and on what was kept. There are two controls. One tunes on the 28 true pairs for twice as
+# many steps, as many as both rounds together. The other keeps all replies, right or wrong:
 
 # %%
 show(tuple(ROWS)[-6:-2], "facts")
@@ -2416,20 +2407,19 @@ assert right > max(others) + 0.1
 show(("labels alone", "with a teacher"), "unseen")
 
 # %% [markdown]
-# Here tuning does teach knowledge. The labels say nothing about the other half, so without the
-# teacher the student guesses. The teacher's replies carry the facts, from its weights through plain
-# text into a model of little more than half its size. This does not contradict the first
-# experiment: 600 steps of 32 rows show each of the 1,176 pairs about sixteen times, enough for a
-# small model to learn many of them by heart. The teacher's errors are handed on in the same way.
+# Here tuning does teach knowledge. Without the teacher the student guesses, since the labels say
+# nothing about the other half. The teacher's replies carry the facts through plain text into a
+# model of little more than half its size. This does not contradict the first experiment: 600 steps
+# of 32 rows show each of the 1,176 pairs about sixteen times, enough to learn many of them by
+# heart. The teacher's errors are handed on, too.
 #
-# Between pretraining and tuning, many recipes have a third stage, which chapter 17 met as
-# {term}`annealing` and which is also called **mid-training**. The loss is still that of the next
-# token of all texts, but while the {term}`learning rate` falls to zero, the data are richer than
-# before in what the model is meant for: mathematics, code, books, and also questions with answers.
-# MiniCPM {cite}`hu2024minicpm` mixed instruction data into the decay of its learning rate, and OLMo
-# 2 {cite}`olmo2024olmo2` has a second stage with a mixture of selected documents, mathematics and
-# instructions. The stories of our world contain questions such as "What is the job of Mia?" from
-# the beginning, which play the same part.
+# Between pretraining and tuning, many recipes have a third stage, {term}`annealing`, also called
+# **mid-training**. The loss is still that of the next token of all texts, but while the
+# {term}`learning rate` falls to zero, the data are richer than before in what the model is meant
+# for. MiniCPM {cite}`hu2024minicpm` mixed instruction data into the decay of its learning rate, and
+# OLMo 2 {cite}`olmo2024olmo2` has a second stage with selected documents, mathematics and
+# instructions. In our world, questions such as "What is the job of Mia?", which stand in the
+# stories from the beginning, play the same part.
 
 # %% [markdown]
 # ## Instructions from files
@@ -2785,10 +2775,9 @@ print([path.name for path in files])
 print([tuple(message[:2]) for message in found[0]])
 
 # %% [markdown]
-# All three files give the same two messages. Real files are rarely so clean. An answer may be
-# empty, a conversation may begin with the answer, or the last line may be cut off. A loader that
-# skips bad records in silence trains on less than you think. This one stops, and names the file and
-# the line:
+# All three give the same two messages. Real files are rarely clean. An answer may be empty, a
+# conversation may begin with the answer, or the last line may be cut off. A loader that skips bad
+# records in silence trains on less than you think. This one stops, and says where:
 
 # %%
 with files[2].open("a", encoding="utf-8") as file:
@@ -3068,17 +3057,16 @@ for bad in ({"prompt": "Hello!"}, {"completion": "Hi."}, {"prompt": "Hello!", "c
 # Jinja program gives the same text, ids, and mask in `transformers`. Ids are built piece by piece,
 # so no token crosses a seam and no text can become a control token. Only the assistant's words and
 # their end token are learned. A loss per token is a sum divided by a count over all micro-batches
-# and ranks; in a mean of means, the weight of a token depends on its neighbors. Packing with
-# document masks halved the time of tuning and cost no right answers.
+# and ranks. Packing with masks saves time and costs no right answers.
 #
 # Tuning on questions about half of the characters makes the base answer questions about the other
 # half: the knowledge comes from pretraining, the form from tuning. A few characters are enough,
 # false answers teach most of the form, and the same tuning from random weights teaches nothing
 # else. Without old data in the batches the old form is lost; a quarter of stories prevents it.
-# Tuning also leaks what was confidential, and a refusal that was learned by imitation lives in the
-# first words of a reply. A judge turns a model's own replies into new data, and a teacher's replies
-# carry knowledge into a smaller model. Data from files comes in three formats, and a base that
-# knows little learns from it only what an answer sounds like.
+# Tuning also leaks what was confidential, and a refusal learned by imitation lives in the first
+# words of a reply. A judge turns a model's own replies into new data, and a teacher's replies carry
+# knowledge into a smaller model. From files of real questions, a base that knows little learns only
+# the form.
 #
 # ### Checklist
 #
