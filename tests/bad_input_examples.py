@@ -37,8 +37,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed instruction"
-    "distributed lora"
+    "distributed instruction lora"
 ).split()
 
 # What is left out, and why.
