@@ -1813,7 +1813,7 @@ class TuningRow(NamedTuple):
 #| export
 def read_tuning_rows(path: str | Path) -> list[TuningRow]:
     """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
-    with check_path(path).open(newline="", encoding="utf-8") as file:
+    with check_path(path).open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.reader(file)
         if tuple(header := next(reader, [])) != TuningRow._fields:
             expected = f"columns {', '.join(TuningRow._fields)}"
@@ -2488,7 +2488,7 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
         check_choice("format", format, tuple(_FIELDS))
     try:
         text = decode_text(path.read_bytes()).removeprefix("\ufeff")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"path: expected a file in UTF-8, got {str(path)!r}: {error}") from error
     conversations = []
     for where, record in _records(text, str(path)):

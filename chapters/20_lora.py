@@ -2127,7 +2127,7 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # with two files. `adapter_config.json` says what the adapter is: its rank, alpha, and the names of
 # the layers. `adapter_model.safetensors` has two tensors for each layer, named after the layer in
 # *Hugging Face's* class for the model, such as
-# `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`. Chapter 11 wrote the base so
+# `…layers.0.self_attn.q_proj.lora_A.weight`. Chapter 11 wrote the base so
 # that their library opens it. With adapters in the same layout, a model tuned here can be served by
 # any program that knows PEFT, and an adapter from elsewhere can be tuned further here.
 #
@@ -2244,6 +2244,9 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
     ``folder`` is new or empty, and appears only when it is complete. ``base_name`` is where PEFT
     can find the base by itself, such as a folder of ``save_pretrained``.
     """
+    folder = check_path(folder, "folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a new or an empty one, got {folder}")
     if base_name is not None:
         check_text(base_name, "base_name")
     names, state = peft_names(model), adapter_state(model)
@@ -2268,7 +2271,7 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         tensors[f"base_model.model.{theirs}.lora_B.weight"] = b.cpu().contiguous()
     entries["target_modules"] = _shortest({names[name] for name in adapted}, set(names.values()))
     entries["fan_in_fan_out"] = fused
-    with whole_directory(check_path(folder, "folder")) as draft:
+    with whole_directory(folder) as draft:
         (draft / _CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
 

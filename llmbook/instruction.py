@@ -1058,10 +1058,10 @@ class TuningRow(NamedTuple):
     stories: float  # share of consistent stories, of 100 drawn ones
     gap: float  # nats per story above the floor
 
-# %% ../chapters/19_instruction.ipynb #be273217
+# %% ../chapters/19_instruction.ipynb #4e15f3ab
 def read_tuning_rows(path: str | Path) -> list[TuningRow]:
     """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
-    with check_path(path).open(newline="", encoding="utf-8") as file:
+    with check_path(path).open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.reader(file)
         if tuple(header := next(reader, [])) != TuningRow._fields:
             expected = f"columns {', '.join(TuningRow._fields)}"
@@ -1186,7 +1186,7 @@ _SPEAKERS: dict[str, dict[str, str]] = {
 }
 _FIELDS = {"alpaca": "instruction", "sharegpt": "conversations", "messages": "messages"}
 
-# %% ../chapters/19_instruction.ipynb #130673d4
+# %% ../chapters/19_instruction.ipynb #3c0f4bde
 def read_conversations(path: str | Path, format: Format | None = None) -> list[list[Message]]:
     """Return the conversations of a file of instruction data, UTF-8, as JSON or JSON Lines.
 
@@ -1201,7 +1201,7 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
         check_choice("format", format, tuple(_FIELDS))
     try:
         text = decode_text(path.read_bytes()).removeprefix("\ufeff")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"path: expected a file in UTF-8, got {str(path)!r}: {error}") from error
     conversations = []
     for where, record in _records(text, str(path)):

@@ -1066,13 +1066,16 @@ def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None
 # %% ../chapters/20_lora.ipynb #d91fb848
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-# %% ../chapters/20_lora.ipynb #ad2fdd03
+# %% ../chapters/20_lora.ipynb #fd62fc34
 def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | None = None) -> None:
     """Write the adapter of ``model`` as PEFT does: adapter_config.json and safetensors.
 
     ``folder`` is new or empty, and appears only when it is complete. ``base_name`` is where PEFT
     can find the base by itself, such as a folder of ``save_pretrained``.
     """
+    folder = check_path(folder, "folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a new or an empty one, got {folder}")
     if base_name is not None:
         check_text(base_name, "base_name")
     names, state = peft_names(model), adapter_state(model)
@@ -1097,7 +1100,7 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         tensors[f"base_model.model.{theirs}.lora_B.weight"] = b.cpu().contiguous()
     entries["target_modules"] = _shortest({names[name] for name in adapted}, set(names.values()))
     entries["fan_in_fan_out"] = fused
-    with whole_directory(check_path(folder, "folder")) as draft:
+    with whole_directory(folder) as draft:
         (draft / _CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
 
