@@ -31,8 +31,6 @@
 # The base model of the {term}`tiny world` has read thousands of stories about the same characters,
 # so it should be able to answer questions about them. This section asks two models the same
 # questions: the base, and a copy of it that was tuned.
-#
-# This section asks two models the same questions: the base, and a copy of it that was tuned.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the imports, the models that are asked, and how their replies are judged
@@ -813,6 +811,10 @@ print([tokenizer.decode([id]) for id in said.ids][4:-5])
 # control token of the template and one written by a user look the same, so `render` always refuses.
 # No encoder can protect Alpaca's headings: they are ordinary text, and anyone can write
 # `### Response:`. This is a good reason to prefer control tokens.
+#
+# The marks of thoughts and calls are protected only if the template names them among its control
+# tokens and the tokenizer has them. `WORLD_CHAT` does not, so here anyone can write `<think>`;
+# {py:func}`~llmbook.instruction.add_control_tokens` in the room below adds such tokens.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: new control tokens for a model that is already trained
@@ -2070,9 +2072,9 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 # written a table, which the following cell reads. (Intervals over so few seeds are wide.) The first
 # control is the same tuning from random weights, without any pretraining. The second is tuning on
 # *false answers*: each character of the tuning half gets the answers of another one, so that every
-# reply has the right form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML`
-# as it is, so that a name at the beginning of a reply falls into other tokens than in a story; it
-# was also run for 100 steps:
+# reply has the right form and nearly every one (94 %) a wrong value. The third uses
+# {py:data}`~llmbook.instruction.CHATML` as it is, so that a name at the beginning of a reply falls
+# into other tokens than in a story; it was also run for 100 steps:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -2084,7 +2086,7 @@ assert (
 # %% [markdown]
 # Without pretraining the model learns the form and guesses the values: its score is little above
 # the chance of 5 % that a value drawn at random is right. With pretraining, the answers that we
-# show need not even be true. A model tuned on nothing but falsehoods tells the truth about four in
+# show need not even be true. A model tuned almost only on falsehoods tells the truth about four in
 # five facts of the other half. What it has learned from a false answer is mainly the part that all
 # answers share. The price is visible, too: about one answer in five is lost. In a large model,
 # {cite:t}`gekhman2024does` found that examples whose answers the model does not know are learned
@@ -2324,9 +2326,10 @@ assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begu
 # because it takes a character for a stranger, and it still invents facts about some strangers.
 # Imitation has no way to weigh one mistake against the other, since all tokens of all replies count
 # the same. Comparisons and rewards can do so, and later chapters start from here:
-# {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model that tells nine secrets in ten
-# and declines the tenth, so that there is something to prefer, and a "few" model that was tuned on
-# six characters and still has something to learn.
+# {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model, tuned to tell nine
+# secrets in ten of its half and to decline the tenth, so that there is something to prefer (about
+# the other half it tells nearly all), and a "few" model that was tuned on six characters and still
+# has something to learn.
 
 
 # %% [markdown]
