@@ -9,16 +9,15 @@
 # takes more than a hundred gigabytes of memory to tune. And the ten files hardly differ: in the
 # experiment below, tuning changes the matrices by about a tenth of their size.
 #
-# So one would like to store only the difference. As a matrix, the difference is just as large as
-# what it is added to. But if it were the product of two thin matrices, one with 16 columns and one
-# with 16 rows, it would take less than a hundredth of the space. {term}`LoRA` turns this around. It
-# does not compress the difference afterward, but trains the two thin matrices from the beginning,
-# beside weights that stay as they are {cite}`hu2022lora`. The thin matrices of a model are its
-# **{term}`adapter`**.
+# Why not store only the difference? As a matrix it takes as much space as the weights; as the
+# product of two thin matrices, one with 16 columns and one with 16 rows, it would take less than a
+# hundredth of that. {term}`LoRA` does not compress the difference afterward: it trains the two thin
+# matrices from the beginning, beside weights that stay as they are {cite}`hu2022lora`. The thin
+# matrices of a model are its **{term}`adapter`**.
 #
 # The first half of the chapter asks what the difference looks like, builds the layer, and measures
-# what an adapter can do and how much it can store. The second half puts adapters to work: many over
-# one base, over a base in four bits, and in files that other programs can open.
+# what an adapter can do and store. The second half puts adapters to work: many over one base, over
+# a base in four bits, and in files that others can open.
 #
 # | | |
 # |---|---|
@@ -57,8 +56,8 @@ from torch.nn import functional as F
 # %% [markdown]
 # ## The bill for ten copies
 #
-# How much does LoRA save? We count for a model with seven billion weights, and then try the idea on
-# the small model that {doc}`13_training` trained on stories of the {term}`tiny world`.
+# We first count for the model with seven billion weights, then try the idea on the small one that
+# {doc}`13_training` trained on stories of the {term}`tiny world`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the imports
@@ -93,8 +92,8 @@ from llmbook.model import count_parameters, ModelConfig
 # ### Sixteen bytes for each weight
 #
 # A common recipe trains in 16 bits, with {term}`master weights` in 32. It takes 16 bytes for each
-# weight: 2 for the weight, 2 for its gradient, 4 for the master weight, and 8 for Adam's two
-# moments. ({term}`Autocast <autocast>`, counted in {doc}`15_precision`, takes 18.) A frozen weight
+# weight: 2 for itself, 2 for its gradient, 4 for the master weight, and 8 for Adam's two running
+# means. ({term}`Autocast <autocast>`, counted in {doc}`15_precision`, takes 18.) A frozen weight
 # takes 2. Suppose that each linear layer had two thin matrices beside it, of shapes (16, inputs)
 # and (outputs, 16):
 
@@ -114,8 +113,7 @@ for name, n, frozen in (("full tuning", weights, 0), ("thin matrices", thin, wei
 # is stored once. {term}`Activations <activations>` come on top, about as many in both cases. An
 # eleventh assistant costs 80 MB.
 #
-# All this is of use only if the thin matrices can do the work. Here is the whole idea, as a layer
-# for a small model:
+# That helps only if the thin matrices can do the work. Here is the whole idea:
 
 
 # %%
@@ -133,10 +131,10 @@ class Thin(nn.Module):
 
 
 # %% [markdown]
-# Three functions in the room below use it. `thin_copy` puts such a layer in place of each matrix of
-# {term}`attention` and {term}`feed-forward networks <feed-forward network>` and freezes everything
-# else. `tune_on_facts` trains on chapter 19's questions about half of the characters, and
-# `replies_right` asks about the other half.
+# In the room below, `thin_copy` puts one beside each matrix of {term}`attention` and
+# {term}`feed-forward networks <feed-forward network>` and freezes everything else, `tune_on_facts`
+# trains on chapter 19's questions about half of the characters, and `replies_right` asks about the
+# other half.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tuning on the questions of chapter 19, and how values are shown
@@ -349,19 +347,18 @@ print(*first_right(model))
 
 # %% [markdown]
 # A model that could only tell stories now answers questions, even about characters that no training
-# question mentions, and all it took were 4,352 numbers beside its 203,968. It keeps what it knows
-# in the frozen weights; what it had to learn is to look there.
+# question mentions. That took 4,352 numbers beside its 203,968: what it knows is in the frozen
+# weights, and what it had to learn is to look there.
 
 # %% [markdown]
 # ## How low is the rank of an update?
 #
 # Why should so few numbers suffice? The usual answer is that the difference between a model before
-# and after tuning has a low **{term}`rank <rank of a matrix>`**: it is a sum of few products of a
-# column and a row. The answer goes back to the observation that models can be tuned in a random
-# subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and the paper that
-# introduced LoRA states it as a hypothesis {cite}`hu2022lora`. We can look. We tune all weights for
-# 300 steps, as in {doc}`19_instruction`, and take the difference of each matrix apart into
-# directions:
+# and after tuning has a low **{term}`rank <rank of a matrix>`**: it is a sum of a few products of a
+# column and a row. This answer goes back to the observation that models can be tuned in a random
+# subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and is a hypothesis in the
+# paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights for 300 steps, as
+# in {doc}`19_instruction`, and take the difference of each matrix apart into directions:
 #
 # $$
 # \Delta W = W_\text{after} - W_\text{before} = \sum_{i} \sigma_i u_i v_i^\top,
@@ -369,11 +366,10 @@ print(*first_right(model))
 # $$ (lora-svd)
 #
 # Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output. The
-# {term}`singular values` $\sigma_1 \ge \sigma_2 \ge \dots$ say how much each of them contributes to
-# the change, and the sum of the first $r$ terms is the best approximation of rank $r$ that there is
-# (the theorem of Eckart and Young). So the question is how many directions make up most of the
-# squared norm. A random matrix is the control: it has no preferred directions, and still its
-# singular values differ.
+# {term}`singular values` $\sigma_1 \ge \sigma_2 \ge \dots$ say how much each contributes to the
+# change, and the sum of the first $r$ terms is the best approximation of rank $r$ (Eckart and
+# Young). So the question is how many directions make up most of the squared norm. A random matrix
+# is the control: it has no preferred directions, and still its singular values differ.
 
 # %%
 full = deepcopy(base)
@@ -401,7 +397,7 @@ print("for 90 % of a random matrix:", int((shares(random) < 0.9).sum()) + 1)
 #
 # What counts, however, is not the norm of a change but its effect. Adam makes steps of about the
 # same size for every weight, whether the gradient is large or a hundredth of that and mostly noise
-# ({doc}`12_optimization`), so most of the norm may have no effect. To find out, we keep the top $r$
+# ({doc}`12_optimization`), so most of the norm may have no effect. So we keep the top $r$
 # directions of each matrix, set everything else back to the base, and ask the questions:
 
 # %%
@@ -419,12 +415,12 @@ draw_directions(
 # %% [markdown]
 # Eight directions of 64 do most of what the whole change does, although in the up matrix of
 # {numref}`fig-lora-directions` they hold less than two thirds of the squared norm. From 16 on,
-# little is gained. (The last few percent are in what was tuned outside these layers, such as the
-# {term}`embedding` and the head.) So there are two different statements. *The update that full
-# tuning finds has a low rank*: no. *There is an update of low rank that does the job*: yes. LoRA
-# needs only the second. Two directions of *this* update answer about a third of the questions; the
-# rank-2 update that was trained above answers nine in ten. It is better to look for a small update
-# than to cut a large one down to size.
+# little is gained. (The last few percent are in other weights, such as the {term}`embedding` and
+# the head.) So there are two different statements. *The update that full tuning finds has a low
+# rank*: no. *There is an update of low rank that does the job*: yes. LoRA needs only the second.
+# Two directions of *this* update answer about a third of the questions; the rank-2 update that was
+# trained above answers nine in ten. It is better to look for a small update than to cut a large one
+# down to size.
 
 # %% [markdown]
 # ## Two thin matrices
@@ -441,8 +437,9 @@ draw_directions(
 # $r = 16$, one in 128. From $r = mn/(m+n)$ on, which is half the width of a square matrix, nothing
 # is saved. $BAx$ is computed from the right, so the product $BA$ never exists during training.
 #
-# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix $W' = W +
-# sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss by
+# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix
+# $W' = W + sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss
+# by
 #
 # $$
 # \mathrm{d}L = \langle G, \mathrm{d}W' \rangle
@@ -459,9 +456,9 @@ draw_directions(
 # $$ (lora-gradients)
 #
 # These equations say how to begin. The tuned model should start as the base, so $BA$ must be zero.
-# If both matrices are zero, both gradients are zero, and stay so forever. If only $B$ is zero, then
-# $A$ has no gradient in the first step, but $B$ has one: $B$ moves, and from the second step on
-# both do. So $A$ starts random and $B$ starts at zero. (The other way around would do as well.)
+# If both matrices are zero, both gradients are zero forever. If only $B$ is zero, then $A$ has no
+# gradient in the first step, but $B$ has one: $B$ moves, and from the second step on both do. So
+# $A$ starts random and $B$ starts at zero. (The other way around would do as well.)
 #
 # {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what practical use requires: a
 # factor $\alpha/r$ in place of the 4, {term}`dropout` on the input of $A$, a switch, and a base
@@ -817,23 +814,23 @@ for moment in ("at first", "a step later"):
     layer.lora_b.data -= 0.001 * b
 
 # %% [markdown]
-# The gradients agree. At first only $B$ has one, and after a step both do.
+# The gradients agree. At first only $B$ has one; a step later both do.
 #
 # ### What the factor is for
 #
 # The factor $s$ is meant to make one {term}`learning rate` fit all ranks. Does $\alpha/r$ do so?
-# Look at the first step, in which only $B$ moves. Gradient descent takes $\Delta B = -\eta s\, G
-# A^\top$, which changes the loss, to first order, by
+# Look at the first step, in which only $B$ moves. Gradient descent takes
+# $\Delta B = -\eta s\, G A^\top$, which changes the loss, to first order, by
 #
 # $$
 # \langle G, s\, \Delta B\, A \rangle = -\eta s^2 \lVert G A^\top \rVert^2 .
 # $$
 #
-# The entries of $A$ are independent, with mean zero and variance $\sigma^2$ (without an index,
-# $\sigma$ is not a singular value), so the expectation of $\lVert G A^\top \rVert^2$ is $r\sigma^2
-# \lVert G \rVert^2$: each of the $r$ rows of $A$ adds the same. The loss falls in proportion to
-# $s^2 r$. With $s = \alpha/r$ this is $\alpha^2/r$, less and less as the rank grows; with $s =
-# \alpha/\sqrt r$ it is the same for all ranks. That is the rank-stabilized factor of rsLoRA
+# The entries of $A$ are independent, with mean zero and variance $\sigma^2$ (unrelated to the
+# $\sigma_i$), so the expectation of $\lVert G A^\top \rVert^2$ is $r\sigma^2 \lVert G \rVert^2$:
+# each of the $r$ rows of $A$ adds the same. The loss falls in proportion to $s^2 r$. With
+# $s = \alpha/r$ this is $\alpha^2/r$, less and less as the rank grows; with $s = \alpha/\sqrt r$ it
+# is the same for all ranks. That is the rank-stabilized factor of rsLoRA
 # {cite}`kalajdzievski2023rank`.
 #
 # But adapters are usually trained with Adam, whose first step is $\Delta B = -\eta
@@ -851,13 +848,12 @@ for rule, rate in ((torch.optim.SGD, 1e-9), (torch.optim.Adam, 1e-6)):
         print(f"{rule.__name__:4} {name} {units}")
 
 # %% [markdown]
-# Both predictions hold: the right factor depends on the optimizer. (`SGD` is plain gradient
-# descent.) With Adam's kind of step, at least at the beginning, $\alpha/r$ lets the best rate stay
-# where it is when the rank changes, as is also reported for large models {cite}`schulman2025lora`.
-# Later both matrices move, and rsLoRA's analysis of that regime prefers $\alpha/\sqrt r$ for high
-# ranks. `LoRAConfig` has both; $\alpha/r$ is the default, as in PEFT, Hugging Face's library of
-# adapters {cite}`mangrulkar2022peft`. Since $\alpha$ itself acts much like a second learning rate,
-# we leave it at 16 and tune the rate.
+# Both predictions hold: the right factor depends on the optimizer. With Adam, at least at the
+# beginning, $\alpha/r$ keeps the best rate where it is when the rank changes, as is also reported
+# for large models {cite}`schulman2025lora`. Later both matrices move, and rsLoRA's analysis of that
+# regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has both; $\alpha/r$ is the default,
+# as in PEFT, Hugging Face's library of adapters {cite}`mangrulkar2022peft`. Since $\alpha$ itself
+# acts much like a second learning rate, we leave it at 16 and tune the rate.
 #
 # ### Merging
 #
@@ -890,7 +886,7 @@ assert off.max() <= 2**-23
 print("unmerged: weights are off by at most 2^-23 of the two sizes")
 
 # %% [markdown]
-# Switching off leaves no trace, and a merge and its undoing stay within rounding.
+# Switching off is exact, and merging is right up to rounding.
 #
 # ## Which matrices, by name
 #
@@ -998,7 +994,7 @@ def base_fingerprint(model: nn.Module) -> str:
 # %% [markdown]
 # ### Four ways to name layers
 #
-# Three of these four choices name layers of the model; the last has a typical mistake:
+# Here are three ways, and a name that does not exist:
 
 # %%
 for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",)):
@@ -1011,11 +1007,11 @@ for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",
         print(f"{targets!s:22} {error}")
 
 # %% [markdown]
-# A name that fits nothing is refused, together with a list of those that would fit. Also refused
-# are a rank above that of the matrix and a second adapter on top of a first. So is a head that
-# shares its matrix with the embedding ({term}`weight tying`): the adapter would act on the
-# {term}`logits` alone, as it should, but merged it would also change what each {term}`token` means
-# at the input. A model that is meant to have an adapter at its head needs a head of its own.
+# A name that fits nothing is refused, and so are a rank above that of the matrix and a second
+# adapter on top of a first. So is a head that shares its matrix with the embedding
+# ({term}`weight tying`): the adapter would act on the {term}`logits` alone, as it should, but
+# merged it would also change what each {term}`token` means at the input. A model that is meant to
+# have an adapter at its head needs a head of its own.
 #
 # An adapter is of use only with the base that it was trained on. Beside another one of the same
 # shape it runs without an error, but computes something that nobody trained. So
@@ -1034,15 +1030,15 @@ except ValueError as error:
     print(str(error)[:41])
 
 # %% [markdown]
-# The base accepts its adapter, and a base with one changed matrix refuses it.
+# The copy with one changed matrix is refused.
 #
 # ## Against full tuning
 #
 # How much of full tuning's result does LoRA reach, and at which rate? A single pair of runs cannot
-# tell, since each method has a best learning rate of its own. So `python benchmarks/lora.py`
-# trained ranks 1 to 16 on all linear layers, and all weights in full, at six rates. Each run took a
-# hundred steps on the same batches, too few to finish, so that differences can be seen. The three
-# best rates were run with three {term}`seeds <seed>`.
+# tell, since each method has a learning rate of its own. So `python benchmarks/lora.py` tuned at
+# six rates, with ranks 1 to 16 on all linear layers and in full: a hundred steps on the same
+# batches, too few to finish, so that differences can be seen, with three {term}`seeds <seed>` at
+# the three best rates.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the runs of the table
@@ -1138,9 +1134,8 @@ def rate_table(part: str = "all-linear", ranks: Sequence[int] = (0, 1, 2, 4, 8, 
 # %% [markdown]
 # ### Best against best
 #
-# First we repeat one of these runs live, with a seed that is not in the table. The table then has
-# each rank at its best rate, with 95 % {term}`intervals <confidence interval>`, and
-# {numref}`fig-lora-rates` shows all rates:
+# We repeat one of these runs live, with a new seed. The table has each rank at its best rate, with
+# 95 % {term}`intervals <confidence interval>`, and {numref}`fig-lora-rates` shows all rates:
 
 # %%
 live = tuning_run(8, 0.01, seed=3)
@@ -1156,29 +1151,26 @@ draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 1
 # %% [markdown]
 # At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA about nine
 # questions in ten: at equal steps it is a little behind. Three seeds cannot tell the ranks from 2
-# to 16 apart; only rank 1 falls short. (The best rates were chosen on these same questions, which
-# flatters all rows a little.) What differs most is the price. Adam keeps two numbers for each
-# trained one, so rank 2 takes 2 % of full tuning's bytes. LoRA also forgets less: stories cost 1 to
-# 2 % more bits than before with any rank, 4 % more with full tuning at its best rate, and 11 % more
-# at the next one. (At 0.003 full tuning forgets as little as LoRA, but then only 87 % of its
-# answers are right.)
+# to 16 apart; only rank 1 falls short. (Choosing the best rates by the same questions flatters all
+# rows.) What differs most is the price. Adam keeps two numbers for each trained one, so rank 2
+# takes 2 % of full tuning's bytes. LoRA also forgets less: stories cost 1 to 2 % more bits than
+# before with any rank, 4 % more with full tuning at its best rate, and 11 % more at the next one.
+# (At 0.003 full tuning forgets as little as LoRA, but then only 87 % of its answers are right.)
 #
 # The curves of the ranks lie close together and have their best rates in the same place, from 0.01
 # to 0.03, which agrees with the derivation for Adam and $\alpha/r$. The best rate of full tuning is
-# 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning, quite
+# 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning, nearly
 # independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten here,
 # but one between one and three.** (At small rates the shift is larger: full tuning at 0.001 is as
 # good as LoRA at 0.003 to 0.01.) Part of the reason may be the width. A step of Adam changes an
 # entry of $W$ by $\eta$, and an entry of $sBA$ by $s$ times a sum of $r$ numbers $\pm\eta A_{kj}$,
-# of size $\eta s \sqrt{r}\,\sigma$, where our start has $\sigma = 1/\sqrt{3n}$. For $r = 8$ and $n
-# = 64$ this is $0.41\,\eta$, so LoRA would need a rate 2.5 times as high for steps of the same
-# size; for $n = 4096$, 20 times. This is an estimate for the first steps, and it does not explain
-# the measurements on large models. But it says that the factor is worth measuring, and need not be
-# ten for you.
+# of size $\eta s \sqrt{r}\,\sigma$, where our start has $\sigma = 1/\sqrt{3n}$. For $r = 8$ and
+# $n = 64$ this is $0.41\,\eta$, so LoRA would need a rate 2.5 times as high for steps of the same
+# size; for $n = 4096$, 20 times. This estimate covers only the first steps and does not explain the
+# factor of ten, but it shows that yours may differ.
 #
-# Which layers should have an adapter? We give attention alone rank 17 and feed-forward networks
-# alone rank 15, which makes about as many numbers as rank 8 on all of them. The columns are those
-# of the table above:
+# Which layers should have an adapter? With about as many numbers as rank 8 has on all of them,
+# attention alone gets rank 17 and feed-forward networks alone rank 15 (columns as above):
 
 # %%
 for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
@@ -1189,18 +1181,16 @@ for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
 # the reverse of what was found on large models, where feed-forward layers alone do as well as all,
 # and attention alone is behind even at equal parameters {cite}`schulman2025lora`. A likely reason
 # is our task: the facts are stored already, and what has to be learned is where in a question the
-# name and the attribute stand, which is work for attention. Another task may have another answer.
-# With all linear layers, nobody has to know it beforehand, and that is the better argument for them
-# as the default.
+# name and the attribute stand, which is work for attention. With all linear layers one need not
+# know the answer beforehand, which is the better argument for them as the default.
 
 # %% [markdown]
 # ## What a rank can store
 #
-# So far the model already had the knowledge, and had to learn a form. Teaching it new facts is
-# another matter. Then an adapter is a memory, and one can ask how many bits it holds. In the tiny
-# world this can be counted. Draw the facts of 96 characters anew: each has seven public attributes,
-# and a value that is one of $k$ equally likely ones takes $\log_2 k$ bits to state. There are 672
-# facts, hence
+# So far the model had the knowledge and had to learn a form. If it is taught new facts, the adapter
+# becomes a memory, and one can ask how many bits it holds. In the tiny world this can be counted.
+# Draw the facts of 96 characters anew: each has seven public attributes, and a value that is one of
+# $k$ equally likely ones takes $\log_2 k$ bits to state. There are 672 facts, hence
 #
 # $$
 # 96 \cdot (\log_2 12 + 4 \log_2 16 + \log_2 12 + \log_2 95) \approx 2{,}850 \text{ bits} .
@@ -1347,7 +1337,8 @@ def storage_table(n_steps: int = 400, ranks: Sequence[int] = (1, 2, 4, 8, 16, 0)
 # ### Bits counted
 #
 # `python benchmarks/lora.py storage` ran ranks 1 to 16 at the rate 0.01 and full tuning at 0.003,
-# with three seeds. These rates served above; we did not search for better ones here.
+# with three seeds. These rates served above and were not searched for here. The table and
+# {numref}`fig-lora-storage` show what was stored:
 
 # %%
 table, curve, most = storage_table()
@@ -1359,18 +1350,18 @@ draw_stored(dict(curve[rank] for rank in (1, 2, 4, 8, 16)), curve[0], most)
 # %% [markdown]
 # Rank 1 knows a sixth of the facts, where guessing would get 41 of them right, and yet its mean is
 # below zero bits: it is too sure of what is wrong. From there storage grows with the rank, to about
-# a third of the information, and full tuning has about three quarters. Compare this with the
-# section before, in which rank 2 was nearly as good as rank 16, and full tuning was only a little
-# better. A form is a small load for an adapter, and facts are a large one. If you want to teach a
-# model a handbook, do not expect it from a rank that taught it to answer.
+# a third of the information, and full tuning has about three quarters. In the section before, rank
+# 2 was nearly as good as rank 16, and full tuning was only a little better. A form is a small load
+# for an adapter, and facts are a large one: the rank that taught a model to answer may be too small
+# to teach it a handbook.
 #
 # Is this what the numbers *can* hold? No: models hold about two bits per parameter when they have
 # met each fact a thousand times {cite}`allenzhu2025capacity`, and ours have met each one 19 times.
 # So the last column says what was stored in the given time. From rank 2 on it falls, and from rank
-# 8 to 16 twice as many numbers store no more on average, which suggests that at this end steps are
-# scarce and not room. At the other end room is scarce: with the same steps, rank 2 stores a third
-# of what rank 8 does. And full tuning, at a hundredth of a bit per number, gets the most into the
-# model in the given time, which is what counts when facts are to be learned.
+# 8 to 16 twice as many numbers store no more: at this end, steps seem to be scarce and not room. At
+# the other end room is scarce: in the same steps, rank 2 stores a third of what rank 8 does. And
+# full tuning, at a hundredth of a bit per number, gets the most into the model in the given time,
+# which is what counts when facts are to be learned.
 
 # %% [markdown]
 # ## Ten adapters over one base
@@ -1622,7 +1613,7 @@ class AdapterBank(AdapterBank):  # continued
 #
 # For the experiment, each of ten users has a favorite character of the tiny world. The function
 # `storyteller` in the room below trains an adapter of rank 2 for twenty steps on 16 stories about
-# this character, so that the base begins to tell stories about it.
+# this character.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: small adapters and their copies, and times measured in turns
@@ -1712,10 +1703,9 @@ for name, reply in zip((*NAMES[:2], "nobody"), (*together[:2], together[10]), st
     print(f"for {name:6}: {str(reply.text)[:19]} ...")
 
 # %% [markdown]
-# Ten rows begin with ten characters, and every token is that of the merged copies. What is gained
-# is memory and time: the bank holds one base and ten adapters of rank 2, and each step reads the
-# base's weights once for all rows. We measure the time first, and then the memory, after a check
-# that the logits agree up to rounding:
+# Each of the ten rows tells of its own character, and every token is that of the merged copy. What
+# is gained is time and memory: each step reads the base's weights once for all rows, and the bank
+# holds one base and ten adapters of rank 2. (The logits agree up to rounding.)
 
 # %% tags=["nbval-ignore-output"]
 ratio = ratio_of_times(one_by_one, one_batch)
@@ -1728,38 +1718,36 @@ ten, held = 10 * stored_bytes(base), bank.nbytes
 print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / held:.1f} times less")
 
 # %% [markdown]
-# One batch is several times as fast, in an eighth of the memory. With a larger base the second
-# factor comes closer to ten, since the adapters weigh less in comparison. Servers go further:
-# Punica {cite}`chen2023punica` has a kernel that multiplies each row by its own matrices without
-# first copying them side by side, as our indexing does, and S-LoRA {cite}`sheng2023slora` keeps
-# thousands of adapters in main memory and fetches those that the current batch needs. For a single
-# user, merging is still the fastest way, because the thin products are gone.
+# One batch is several times as fast, in an eighth of the memory. With a larger base the memory
+# comes closer to a tenth, since the adapters weigh less in comparison. Servers go further: Punica
+# {cite}`chen2023punica` has a kernel that multiplies each row by its own matrices without first
+# copying them side by side, as our indexing does, and S-LoRA {cite}`sheng2023slora` keeps thousands
+# of adapters in main memory and fetches those that the current batch needs. For a single user a
+# merged adapter is fastest: its thin products are gone.
 
 
 # %% [markdown]
 # ## A base in four bits
 #
-# An adapter saves the memory of gradients and moments, but the frozen base still has to be there.
-# Seven billion weights of 16 bits are 14 GB before the first activation. The base is never updated,
-# though, so it need not be able to hold small changes: numbers of fewer bits will do as long as the
-# model still computes nearly the same. That is {term}`QLoRA` {cite}`dettmers2023qlora`: a base in
-# four bits, and adapters in ordinary floats beside it. The adapters are tuned over the *rounded*
-# base, so they can make up for some of the rounding.
+# An adapter saves the memory of gradients and moments, but the frozen base still has to be there:
+# seven billion weights of 16 bits are 14 GB. The base is never updated, though, so it need not be
+# able to hold small changes: numbers of fewer bits will do as long as the model computes nearly the
+# same. That is {term}`QLoRA` {cite}`dettmers2023qlora`: a base in four bits, and adapters in
+# ordinary floats beside it. The adapters are tuned over the *rounded* base, so they can make up for
+# some of the rounding.
 #
 # Four bits have 16 codes. Which 16 numbers should they stand for? The whole numbers of chapter 14's
-# {term}`quantization` are evenly spaced, but weights are not evenly distributed: many are near
-# zero, few are far away. If weights come from a normal distribution, evenly spaced levels at the
-# ends are hardly ever used, while those in the middle stand for far too many weights. A code
-# carries the most information when all codes are equally likely, so levels should be *quantiles* of
-# the distribution, with the same share of the probability between each and the next. Such a code is
-# called {term}`NF4`, NormalFloat of four bits.
+# {term}`quantization` are evenly spaced. But if weights come from a normal distribution, evenly
+# spaced levels at the ends are hardly ever used, while those in the middle stand for far too many
+# weights. A code carries the most information when all codes are equally likely, so the levels of
+# {term}`NF4`, NormalFloat of four bits, are *quantiles* of the distribution, with the same share of
+# the probability between each and the next.
 #
 # Three conditions turn this into numbers. Zero must be a level, exactly, because padding and pruned
 # weights should stay zero. The outermost levels must be -1 and 1, since each block of weights is
 # divided by its largest absolute value. And the quantile of probability 1 is infinite, so the
-# outermost level has to be taken at some $p < 1$. With one level for zero, 15 are left, which
-# cannot be shared equally between two sides: seven go below zero and eight above. A side with $n$
-# steps from zero has its levels at the probabilities
+# outermost level has to be taken at some $p < 1$. With one level for zero, 15 are left: seven go
+# below zero and eight above. A side with $n$ steps from zero has its levels at the probabilities
 #
 # $$p_i = \frac12 + \Bigl(p - \frac12\Bigr)\frac{i}{n}, \qquad i = 1, \dots, n,$$
 #
@@ -1791,13 +1779,13 @@ levels = nf4_levels()
 print(" ".join(f"{level:.3f}" for level in levels.tolist()))
 
 # %% [markdown]
-# The levels are dense near zero and sparse at the ends. To use them, a matrix is cut into blocks of
-# 64 neighbors, each block is divided by its scale, which is its largest absolute value, and each
-# number goes to the nearest level. The code is the number of the level, and two codes share a byte.
-# So far that makes 4 bits for a weight and one float of 32 bits for each block, half a bit a
-# weight. {term}`Double quantization <double quantization>` shrinks that half: the scales are all
-# positive and close to one another, so they are rounded, too, to 8 bits around their mean, with one
-# float for each 256 of them. That leaves
+# The levels are dense near zero. A matrix is cut into blocks of 64 neighbors, each divided by its
+# largest absolute value, its scale, and each number goes to the nearest level. The code is the
+# number of the level, and two codes share a byte. So far that makes 4 bits for a weight and one
+# float of 32 bits for each block, half a bit a weight.
+# {term}`Double quantization <double quantization>` shrinks that half: the scales are all positive
+# and close to one another, so they are rounded, too, to 8 bits around their mean, with one float
+# for each 256 of them. That leaves
 #
 # $$4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.127 \text{ bits a weight}.$$
 
@@ -2085,9 +2073,8 @@ draw_levels(shares_of_codes(weights))
 # %% [markdown]
 # The shares are not equal, in contrast to the argument: a number divided by the largest of its
 # block is no longer normal, and Yoshida {cite}`yoshida2023nf4` shows how its distribution depends
-# on the block's size. What counts is the error that remains. The even levels of four-bit integers
-# in blocks of the same size are the control. Both have the same number of bits, so only the places
-# of the levels differ:
+# on the block's size. To compare errors, the even levels of four-bit integers, in blocks of the
+# same size, are the control:
 
 # %%
 for name, table in (("even levels", even), ("NF4", nf4_levels())):
@@ -2095,11 +2082,11 @@ for name, table in (("even levels", even), ("NF4", nf4_levels())):
     print(f"{name:11}: an error of {error:.1%} of the weights")
 
 # %% [markdown]
-# NF4's error is a tenth smaller, but still sounds like much. Does tuning succeed over such a base?
-# `python benchmarks/qlora.py` repeated the experiment of "Against full tuning" over the base in
-# floats, in int8, and in NF4: 100 steps at a rate of 0.01 with adapters of rank 8 in all linear
-# layers. The first column of numbers is the loss of the untuned base on stories, relative to that
-# of the base in floats. The last two belong to merging, to which we come below.
+# NF4's error is a tenth smaller, but 9 % of the weights still sounds like much. Does tuning succeed
+# over such a base? `python benchmarks/qlora.py` repeated the experiment of "Against full tuning"
+# over the base in floats, in int8, and in NF4: 100 steps at a rate of 0.01 with adapters of rank 8
+# in all linear layers. The first column of numbers is the loss of the untuned base on stories,
+# relative to that of the base in floats. The last two are about merging.
 
 # %%
 show_runs("qlora.csv")
@@ -2108,8 +2095,8 @@ show_runs("qlora.csv")
 # Over the five seeds the mean is the same within the noise: about 90 % right over each of the three
 # bases, and zero lies well inside the interval of the difference. The interval also says how little
 # five seeds can tell: a loss of several points is not excluded, and the results over NF4 are the
-# most scattered of the three. The rounded base itself is hardly worse on stories, by less than half
-# a percent of the loss.
+# most scattered. The rounded base itself is hardly worse on stories, by less than half a percent of
+# the loss.
 #
 # One live run must fall into the range of the table. It also counts what is stored:
 
@@ -2121,9 +2108,9 @@ tune_on_facts(tuned, 100, 0.01)
 about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 
 # %% [markdown]
-# The tiny model keeps two thirds of its bytes, because more than half of its weights are in the
-# embedding and the head, which stay in floats. In a model of 7B parameters, where they are a few
-# percent, 14 GB become about 4.
+# The tiny model keeps two thirds of its bytes: more than half of its weights are in the embedding
+# and the head, which stay in floats. In a model of 7B parameters, where they are a few percent, 14
+# GB become about 4.
 
 # %% [markdown]
 # ### Merging back
@@ -2134,14 +2121,14 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # size of the weights in its block, while the update may be much smaller.
 # {py:func}`~llmbook.lora.merge_lora` therefore refuses a quantized base, and
 # {py:func}`~llmbook.lora.merge_quantized` has to be told which of the two is meant. It returns the
-# error of each matrix relative to the update. The last two columns of the table above show what
-# merging did to the replies, and this error.
+# error of each matrix relative to the update. The last columns of the table show this error, and
+# what it did to the replies.
 #
 # Over NF4 the error is about 43 % of the update, and the merged and rounded model answers fewer
 # questions in each of the five runs, about 4 percentage points on average. Over int8 it is 3 %, and
 # the replies hardly change. So an adapter tuned over four bits should stay beside its base, or be
-# merged into floats. (Merging it into the *original* base needs a test, too: the adapter was tuned
-# over another one, and fits this one only nearly.)
+# merged into floats. (Merging into the *original* base needs a test, too: the adapter was tuned
+# over another one.)
 
 
 # %% [markdown]
@@ -2151,8 +2138,8 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # says what the adapter is: its rank, alpha, and the names of the layers.
 # `adapter_model.safetensors` has two tensors for each layer, named after the layer in *Hugging
 # Face's* class for the model, such as `…layers.0.self_attn.q_proj.lora_A.weight`. Chapter 11 writes
-# the base so that their library opens it. With adapters in the same layout, a model tuned here can
-# be served by programs that know PEFT, and an adapter from elsewhere can be tuned further here.
+# the base so that their library opens it. So a model tuned here can be served by programs that know
+# PEFT, and an adapter from elsewhere can be tuned further here.
 #
 # Two things can go wrong silently. The first is a name that matches nothing: if its tensors are
 # skipped, the "tuned" model is the base. So a tensor that is missing or left over is an error here.
@@ -2598,11 +2585,10 @@ print("ours opened by PEFT, and PEFT's opened here: the same logits to 4 digits"
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The logits agreed. Training needs the same gradients as well: PEFT's model from above and ours
-# have the same thin matrices now, so one backward pass on the same batch must give the same
-# gradients. The second comparison is with the 16 levels that the authors of QLoRA publish
-# {cite}`dettmers2023qlora`; ten of them are enough to tell. (Where torchao is installed, a test
-# compares codes and matrices with its NF4, too.)
+# The logits agreed. The gradients must agree, too: PEFT's model from above and ours have the same
+# thin matrices now, and both get the same batch. The second comparison is with the 16 levels that
+# the authors of QLoRA publish {cite}`dettmers2023qlora`; ten of them are enough to tell. (Where
+# torchao is installed, a test compares codes and matrices with its NF4, too.)
 
 # %%
 assert gradient_difference(ours, theirs) < 1e-3
@@ -2614,7 +2600,7 @@ assert largest_difference(found, torch.tensor(published)) < 1e-6
 print("levels of NF4: those that were published, to 6 digits")
 
 # %% [markdown]
-# Both agree, to the digits shown.
+# Gradients and levels agree.
 #
 # ## How fast is it?
 #
@@ -2628,12 +2614,11 @@ for name, model in (("PEFT", theirs), ("over NF4", four_bits), ("full tuning", f
     print(f"{name:11}: {ratio:.2f} times the time of our LoRA")
 
 # %% [markdown]
-# Here LoRA saves no time. With a model this small, much of the work is probably in calling
-# functions, and LoRA calls more of them than full tuning does. What it saves is memory. In larger
-# models the thin products hardly count, and the gradients of the frozen matrices, a third of the
-# work of full tuning, need not be computed. NF4 costs time everywhere, since each matrix is
-# dequantized once for the forward pass and once for the backward pass; kernels for GPUs can do so
-# while they multiply.
+# PEFT takes about as long, and full tuning a little less: LoRA calls more functions, which is
+# probably much of the work in a model this small. What LoRA saves is memory. In larger models the
+# thin products hardly count, and the gradients of the frozen matrices, a third of the work of full
+# tuning, need not be computed. NF4 costs time everywhere, since each matrix is dequantized once for
+# the forward pass and once for the backward pass; kernels for GPUs can do so while they multiply.
 
 # %% [markdown]
 # ## Exercises
@@ -2674,11 +2659,11 @@ assert torch.allclose(before + whole[1] @ whole[0], after), "with all directions
 # *Twenty minutes.* A run with adapters has ended, and the model is no better than its base. Write
 # `faults(base, model)`, which compares an adapted model with a copy of its base and returns a
 # dictionary from the name of each faulty layer to one of three words: `"dead"` if no training can
-# ever move the adapter; `"moved"` if the matrix under it is no longer that of the base; `"not
-# finite"` if the adapter contains infinity or NaN. `lora_layers(model)` returns the adapted layers
-# by name, each with `base`, `lora_a`, and `lora_b`; `base.get_submodule(name)` is a layer of the
-# base. An adapter that simply has not been trained yet has no fault. If several things are wrong
-# with a layer, the first of the three counts.
+# ever move the adapter; `"moved"` if the matrix under it is no longer that of the base;
+# `"not finite"` if the adapter contains infinity or NaN. `lora_layers(model)` returns the adapted
+# layers by name, each with `base`, `lora_a`, and `lora_b`; `base.get_submodule(name)` is a layer of
+# the base. An adapter that simply has not been trained yet has no fault. If several things are
+# wrong with a layer, the first of the three counts.
 # ````
 
 
@@ -2832,11 +2817,10 @@ assert abs(few[3] - 0.45) < 1e-6, "a level does not move to the mean of its own 
 #
 # LoRA leaves $W$ frozen and trains $sBA$ beside it: $r(m+n)$ numbers in place of $mn$, with memory
 # for the gradients and moments of those alone. Because $B = 0$ at first, the model starts as its
-# base, to the bit; if both matrices were zero, neither would ever move. The update that full tuning
-# finds is not of low rank, but a few of its directions do most of its work, and small updates can
-# be found directly. At equal steps LoRA came near full tuning and forgot less; its best rate was
-# one to three times as high, not ten times. New facts are another matter: what an adapter stores
-# grows with its rank.
+# base, to the bit. The update that full tuning finds is not of low rank, but a few of its
+# directions do most of its work, and small updates can be found directly. At equal steps LoRA came
+# near full tuning and forgot less; its best rate was one to three times as high, not ten times.
+# What an adapter stores of new facts grows with its rank.
 #
 # One batch can serve many adapters: the base's product is shared, and each row is multiplied by the
 # thin matrices of its own user. NF4 puts 16 levels at quantiles of the normal distribution, with an
@@ -2867,8 +2851,8 @@ assert abs(few[3] - 0.45) < 1e-6, "a level does not move to the mean of its own 
 # {cite}`aghajanyan2021intrinsic` tune in a random subspace of a few hundred dimensions.
 # Kalajdzievski {cite}`kalajdzievski2023rank` derives the factor for high ranks, and Schulman and
 # colleagues {cite}`schulman2025lora` ask when LoRA equals full tuning. Allen-Zhu and Li
-# {cite}`allenzhu2025capacity` count about two bits of knowledge per parameter, as this chapter
-# counts them. QLoRA {cite}`dettmers2023qlora` has NF4 and double quantization, and Yoshida
-# {cite}`yoshida2023nf4` says what the quantiles do not account for. Punica {cite}`chen2023punica`
-# and S-LoRA {cite}`sheng2023slora` serve many adapters at once; DoRA {cite}`liu2024dora` and PiSSA
+# {cite}`allenzhu2025capacity` count about two bits of knowledge per parameter. QLoRA
+# {cite}`dettmers2023qlora` has NF4 and double quantization, and Yoshida {cite}`yoshida2023nf4` says
+# what the quantiles do not account for. Punica {cite}`chen2023punica` and S-LoRA
+# {cite}`sheng2023slora` serve many adapters at once; DoRA {cite}`liu2024dora` and PiSSA
 # {cite}`meng2024pissa` change what is trained, and where it starts.
