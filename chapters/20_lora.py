@@ -5,19 +5,19 @@
 # > what it saves, and what it costs.
 #
 # Ten hospitals want ten assistants, each tuned on its own forms and in its own tone. The model has
-# seven billion weights, so that each assistant is a file of 13 GB, needs a card to run on, and more
-# than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: in the experiment
-# below, tuning changes the matrices by about a tenth of their size.
+# seven billion weights, so each assistant is a file of more than 13 GB, needs a GPU to itself, and
+# takes more than a hundred gigabytes of memory to tune. And the ten files hardly differ: in the
+# experiment below, tuning changes the matrices by about a tenth of their size.
 #
-# So one would like to store only the difference. As a matrix it is just as large as what it is
-# added to; but if it were the product of two thin matrices, a column of numbers times a row, say,
-# then it would take a hundredth of the space. {term}`LoRA` turns this around. It does not compress
-# the difference afterwards, but trains the two thin matrices from the beginning, beside weights
-# that stay as they are {cite}`hu2022lora`.
+# Why not store only the difference? As a matrix it takes as much space as the weights; as the
+# product of two thin matrices, one with 16 columns and one with 16 rows, it would take less than a
+# hundredth of that. {term}`LoRA` does not compress the difference afterward: it trains the two thin
+# matrices from the beginning, beside weights that stay as they are {cite}`hu2022lora`. The thin
+# matrices of a model are its **{term}`adapter`**.
 #
 # The first half of the chapter asks what the difference looks like, builds the layer, and measures
-# what a rank can do and hold. The second half puts adapters to work: many over one base, over a
-# base of four bits, and in files that others can open.
+# what an adapter can do and store. The second half puts adapters to work: many over one base, over
+# a base in four bits, and in files that others can open.
 #
 # | | |
 # |---|---|
@@ -56,8 +56,8 @@ from torch.nn import functional as F
 # %% [markdown]
 # ## The bill for ten copies
 #
-# How much is it, precisely? The prices are those of {doc}`15_precision`, and the model that is
-# tuned afterwards is the small one of {doc}`13_training`.
+# We first count for the model with seven billion weights, then try the idea on the small one that
+# {doc}`13_training` trained on stories of the {term}`tiny world`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the imports
@@ -91,10 +91,11 @@ from llmbook.model import count_parameters, ModelConfig
 # %% [markdown]
 # ### Sixteen bytes for each weight
 #
-# Training in mixed precision takes 16 bytes for each weight that is
-# trained ({doc}`15_precision`): 2 for the weight, 2 for its gradient, 4 for the exact copy, 8 for
-# Adam's two moments. A frozen weight takes 2. Suppose that beside each linear layer there were two
-# thin matrices, of shapes (16, inputs) and (outputs, 16):
+# A common recipe trains in 16 bits, with {term}`master weights` in 32. It takes 16 bytes for each
+# weight: 2 for itself, 2 for its gradient, 4 for the master weight, and 8 for Adam's two running
+# means. ({term}`Autocast <autocast>`, counted in {doc}`15_precision`, takes 18.) A frozen weight
+# takes 2. Suppose that each linear layer had two thin matrices beside it, of shapes (16, inputs)
+# and (outputs, 16):
 
 # %%
 with torch.device("meta"):  # shapes without numbers
@@ -108,12 +109,11 @@ for name, n, frozen in (("full tuning", weights, 0), ("thin matrices", thin, wei
     print(f"{name:13} {n / 1e6:11,.0f} million {memory:15,.0f} GB {disk:13,.0f} GB")
 
 # %% [markdown]
-# An eighth of the memory, and a tenth of the disk, almost all of it for the base, which is there
-# once. Activations come on top, and they are the same in both cases. An eleventh assistant costs
-# 80 MB.
+# LoRA takes an eighth of the memory and a tenth of the disk, almost all of it for the base, which
+# is stored once. {term}`Activations <activations>` come on top, about as many in both cases. An
+# eleventh assistant costs 80 MB.
 #
-# That is of use only if the thin matrices can do the work. So here is the whole idea, put into the
-# small model that {doc}`13_training` has trained on stories of the tiny world:
+# That helps only if the thin matrices can do the work. Here is the whole idea:
 
 
 # %%
@@ -131,17 +131,18 @@ class Thin(nn.Module):
 
 
 # %% [markdown]
-# The room below puts one beside each matrix of attention and feed-forward networks and freezes
-# everything else (`thin_copy`), trains on chapter 19's questions about half of the characters
-# (`tune_on_facts`), and asks about the other half (`replies_right`).
+# In the room below, `thin_copy` puts one beside each matrix of {term}`attention` and
+# {term}`feed-forward networks <feed-forward network>` and freezes everything else, `tune_on_facts`
+# trains on chapter 19's questions about half of the characters, and `replies_right` asks about the
+# other half.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tuning on the questions of chapter 19, and how values are shown
 
 # %% [markdown] tags=["engine"]
-# The data are those of {doc}`19_instruction`: conversations about 24 of the 48 characters, and a
-# quarter of each batch stories, so that the model does not forget how to tell them. They are made
-# once.
+# The data are those of {doc}`19_instruction`: conversations about 24 of the 48 characters. A
+# quarter of each batch is stories, so that the model does not forget how to tell them. The data are
+# made once.
 
 
 # %% tags=["engine"]
@@ -216,8 +217,8 @@ def _check_positive(name: str, value: object) -> None:
 
 # %% [markdown] tags=["engine"]
 # Trained models differ a little from processor to processor. `about` prints a value with a range,
-# and fails if the value lies outside. `first_right` shows a reply: the first that is right, up to
-# its period.
+# and fails if the value lies outside. `first_right` shows the first reply that is right, up to its
+# period.
 
 # %% tags=["engine"]
 plt.style.use("llmbook.book")
@@ -333,7 +334,7 @@ def draw_stored(lora: dict[int, float], full: tuple[int, float], most: float) ->
 # %% [markdown]
 # ### A hundred steps
 #
-# Two numbers beside each row and column, trained for a hundred steps:
+# We put two numbers beside each row and each column, and train for a hundred steps:
 
 # %%
 seed_everything(0)
@@ -345,30 +346,30 @@ about("with thin matrices it is right", replies_right(model), 0.90, 0.09)
 print(*first_right(model))
 
 # %% [markdown]
-# A model that only told stories now answers questions, also about characters that it was never
-# asked about, by 4,352 numbers beside its 203,968. It keeps what it knows in the frozen weights;
-# what it had to learn is to look there.
+# A model that could only tell stories now answers questions, even about characters that no training
+# question mentions. That took 4,352 numbers beside its 203,968: what it knows is in the frozen
+# weights, and what it had to learn is to look there.
 
 # %% [markdown]
 # ## How low is the rank of an update?
 #
 # Why should so few numbers suffice? The usual answer is that the difference between a model before
-# and after tuning has a low rank. It goes back to the observation that models can be tuned in a
-# random subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and it is a
-# conjecture in the paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights
-# as in {doc}`19_instruction`, 300 steps, and take the difference of each matrix apart into
-# directions:
+# and after tuning has a low **{term}`rank <rank of a matrix>`**: it is a sum of a few products of a
+# column and a row. This answer goes back to the observation that models can be tuned in a random
+# subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and is a hypothesis in the
+# paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights for 300 steps, as
+# in {doc}`19_instruction`, and take the difference of each matrix apart into directions:
 #
 # $$
 # \Delta W = W_\text{after} - W_\text{before} = \sum_{i} \sigma_i u_i v_i^\top,
 # \qquad \lVert \Delta W \rVert^2 = \sum_i \sigma_i^2 .
 # $$ (lora-svd)
 #
-# Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output.
-# The singular values $\sigma_1 \ge \sigma_2 \ge \dots$ say how much of the change each of them is,
-# and the sum of the first $r$ terms is the best approximation of rank $r$ that there is (Eckart
-# and Young). So the question is how many directions make up most of the squared norm. A random
-# matrix is the control: it has no preferred directions, and still its singular values differ.
+# Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output. The
+# {term}`singular values` $\sigma_1 \ge \sigma_2 \ge \dots$ say how much each contributes to the
+# change, and the sum of the first $r$ terms is the best approximation of rank $r$ (Eckart and
+# Young). So the question is how many directions make up most of the squared norm. A random matrix
+# is the control: it has no preferred directions, and still its singular values differ.
 
 # %%
 full = deepcopy(base)
@@ -391,13 +392,13 @@ random = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 print("for 90 % of a random matrix:", int((shares(random) < 0.9).sum()) + 1)
 
 # %% [markdown]
-# This is less than a random matrix needs, but it is not low. A rank of 2 contains a third of the
-# change at best. Taken literally, the conjecture is wrong here.
+# Twenty directions are fewer than the 33 that a random matrix needs, but 20 of 64 is not low. Taken
+# literally, the hypothesis is wrong here.
 #
-# What counts, however, is not the norm of a change but what it does. Adam makes steps of about the
+# What counts, however, is not the norm of a change but its effect. Adam makes steps of about the
 # same size for every weight, whether the gradient is large or a hundredth of that and mostly noise
-# ({doc}`12_optimization`), so that most of the norm may be of no consequence. So we keep the top
-# $r$ directions of each matrix, set everything else back to the base, and ask the questions:
+# ({doc}`12_optimization`), so most of the norm may have no effect. So we keep the top $r$
+# directions of each matrix, set everything else back to the base, and ask the questions:
 
 # %%
 right = {r: replies_right(keep_directions(updates, r)) for r in (0, 1, 2, 4, 8, 16, 32, 64)}
@@ -412,19 +413,20 @@ draw_directions(
 )
 
 # %% [markdown]
-# Eight directions of 64 do most of what the whole change does, although they hold only some two
-# thirds of its norm; from 16 on nearly nothing is gained. (The last few percent are in embeddings
-# and head, which were tuned as well.) So there are two different statements. *The update that full
-# tuning finds has a low rank*: no. *There is an update of low rank that does the job*: yes. And
-# the second is what LoRA needs. Two directions of *this* update answer a third of the questions;
-# the two that were trained as such, above, answer nine of ten. It is better to look for a small
-# update than to cut a large one down to size.
+# Eight directions of 64 do most of what the whole change does, although in the up matrix of
+# {numref}`fig-lora-directions` they hold less than two thirds of the squared norm. From 16 on,
+# little is gained. (The last few percent are in other weights, such as the {term}`embedding` and
+# the head.) So there are two different statements. *The update that full tuning finds has a low
+# rank*: no. *There is an update of low rank that does the job*: yes. LoRA needs only the second.
+# Two directions of *this* update answer about a third of the questions; the rank-2 update that was
+# trained above answers nine in ten. It is better to look for a small update than to cut a large one
+# down to size.
 
 # %% [markdown]
 # ## Two thin matrices
 #
 # A linear layer computes $y = Wx$ with a matrix of $m$ rows and $n$ columns. LoRA keeps $W$ and
-# adds
+# adds a product of rank $r$, with a constant $\alpha$ that the user sets:
 #
 # $$
 # y = W x + s\, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r},
@@ -432,11 +434,12 @@ draw_directions(
 # $$ (lora-layer)
 #
 # The layer has $r(m + n)$ numbers to train instead of $mn$: for a square matrix of width 4096 and
-# $r = 16$, one in 128. From $r = mn/(m+n)$ on it has no fewer, which is half the width of a square
-# matrix. $BAx$ is computed from the right, so that the product $BA$ never exists during training.
+# $r = 16$, one in 128. From $r = mn/(m+n)$ on, which is half the width of a square matrix, nothing
+# is saved. $BAx$ is computed from the right, so the product $BA$ never exists during training.
 #
-# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix $W' = W +
-# sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss by
+# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix
+# $W' = W + sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss
+# by
 #
 # $$
 # \mathrm{d}L = \langle G, \mathrm{d}W' \rangle
@@ -452,25 +455,25 @@ draw_directions(
 # .
 # $$ (lora-gradients)
 #
-# The equations tell how to begin. The tuned model should start as the base, so $BA$ must be zero.
-# If both are zero, then both gradients are zero, and forever. If only $B$ is zero, then $A$ has no
+# These equations say how to begin. The tuned model should start as the base, so $BA$ must be zero.
+# If both matrices are zero, both gradients are zero forever. If only $B$ is zero, then $A$ has no
 # gradient in the first step, but $B$ has one: $B$ moves, and from the second step on both do. So
-# $A$ is random and $B$ is zero. (The other way round would do as well.)
+# $A$ starts random and $B$ starts at zero. (The other way around would do as well.)
 #
-# {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what use demands: a factor
-# $\alpha/r$ in place of the 4, dropout on what $A$ reads, a switch, and a base that may also be
-# one of chapter 14's quantized layers.
+# {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what practical use requires: a
+# factor $\alpha/r$ in place of the 4, {term}`dropout` on the input of $A$, a switch, and a base
+# that may also be one of chapter 14's quantized layers.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the layer, layers by name and what is refused, merging
 
 # %% [markdown] tags=["engine"]
-# The names of `LoRAConfig` are those of PEFT, with the prefixes left out. `weight` gives the
-# matrix of an adapted layer to code that reads it rather than calls the layer: chapter 13's loss
-# does so with the head. (Dropout acts on what the layer reads, so it cannot act there;
-# `apply_lora` refuses it for a head.) Chapter 14's fused step for small models multiplies by
-# matrices that it has put together before; it is used for plain layers only, so that no adapter is
-# left out in silence. A test holds the tokens of `generate` against those of whole passes.
+# The names in `LoRAConfig` are those of PEFT, without the prefixes. `weight` gives the matrix of an
+# adapted layer to code that reads it instead of calling the layer, as chapter 13's loss does with
+# the head. (Dropout acts on what the layer reads, so it cannot act there; `apply_lora` refuses it
+# for a head.) Chapter 14's fused step for small models multiplies by matrices that were put
+# together beforehand; it is used for plain layers only, so that no adapter is silently left out. A
+# test compares the tokens of `generate` with those of whole forward passes.
 
 
 # %% tags=["engine"]
@@ -791,10 +794,10 @@ def _check_rank(rank: int, layer: Any, name: str = "base") -> None:
 
 
 # %% [markdown]
-# ### The gradients, held against the derivation
+# ### The gradients, checked against the derivation
 #
-# A plain layer with the matrix $W'$ gives $G$, and the gradients of $A$ and $B$ must follow from
-# it by {eq}`lora-gradients`, at first and after a step:
+# A plain layer with the matrix $W'$ gives $G$, and the gradients of $A$ and $B$ must follow from it
+# by {eq}`lora-gradients`, both at first and after a step:
 
 # %%
 seed_everything(0)
@@ -811,27 +814,30 @@ for moment in ("at first", "a step later"):
     layer.lora_b.data -= 0.001 * b
 
 # %% [markdown]
+# The gradients agree. At first only $B$ has one; a step later both do.
+#
 # ### What the factor is for
 #
-# The factor $s$ has the task of making one learning rate fit all ranks. Does $\alpha/r$ do so?
-# Look at the first step, in which only $B$ moves. Gradient descent takes $\Delta B = -\eta s\, G
-# A^\top$, which changes the loss, to first order, by
+# The factor $s$ is meant to make one {term}`learning rate` fit all ranks. Does $\alpha/r$ do so?
+# Look at the first step, in which only $B$ moves. Gradient descent takes
+# $\Delta B = -\eta s\, G A^\top$, which changes the loss, to first order, by
 #
 # $$
 # \langle G, s\, \Delta B\, A \rangle = -\eta s^2 \lVert G A^\top \rVert^2 .
 # $$
 #
-# Entries of $A$ are independent, with variance $\sigma^2$, and so the expectation of $\lVert G
-# A^\top \rVert^2$ is $r\sigma^2 \lVert G \rVert^2$: each of the $r$ rows of $A$ adds the same. The
-# loss falls in proportion to $s^2 r$. With $s = \alpha/r$ this is $\alpha^2/r$, less and less as
-# the rank grows; it is the same for all ranks if $s = \alpha/\sqrt r$. This is the rank-stabilized
-# factor of rsLoRA {cite}`kalajdzievski2023rank`.
+# The entries of $A$ are independent, with mean zero and variance $\sigma^2$ (unrelated to the
+# $\sigma_i$), so the expectation of $\lVert G A^\top \rVert^2$ is $r\sigma^2 \lVert G \rVert^2$:
+# each of the $r$ rows of $A$ adds the same. The loss falls in proportion to $s^2 r$. With
+# $s = \alpha/r$ this is $\alpha^2/r$, less and less as the rank grows; with $s = \alpha/\sqrt r$ it
+# is the same for all ranks. That is the rank-stabilized factor of rsLoRA
+# {cite}`kalajdzievski2023rank`.
 #
-# But nobody trains by plain gradient descent. Adam's first step is $\Delta B = -\eta
+# But adapters are usually trained with Adam, whose first step is $\Delta B = -\eta
 # \operatorname{sign}(s\,GA^\top)$, whatever the size of the gradient. The loss then changes by
-# $-\eta s \sum_{ik} \lvert (GA^\top)_{ik} \rvert$, a sum over $m r$ entries of the same size: it
-# is proportional to $s r$. Now $\alpha/r$ is the one that is the same for all ranks, and
-# $\alpha/\sqrt r$ grows by $\sqrt r$. Both can be measured:
+# $-\eta s \sum_{ik} \lvert (GA^\top)_{ik} \rvert$, a sum over $m r$ entries of about the same size,
+# so the fall is proportional to $s r$. Now $\alpha/r$ makes it the same for all ranks, and with
+# $\alpha/\sqrt r$ it grows by $\sqrt r$. Both can be measured:
 
 # %%
 print("fall of the loss in the first step, in units of rank 1; ranks 1, 4, 16, 64")
@@ -842,22 +848,22 @@ for rule, rate in ((torch.optim.SGD, 1e-9), (torch.optim.Adam, 1e-6)):
         print(f"{rule.__name__:4} {name} {units}")
 
 # %% [markdown]
-# The measurement agrees. Which factor is right depends on the optimizer, and with Adam's kind of
-# step, at least at the beginning, $\alpha/r$ keeps the best rate where it is when the rank
-# changes, as is also reported for large models {cite}`schulman2025lora`. Later both matrices move,
-# and rsLoRA's analysis of that regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has
-# both; $\alpha/r$ is the default, as in PEFT. $\alpha$ itself is a second learning rate for most
-# purposes: it is left at 16 and the rate is tuned.
+# Both predictions hold: the right factor depends on the optimizer. With Adam, at least at the
+# beginning, $\alpha/r$ keeps the best rate where it is when the rank changes, as is also reported
+# for large models {cite}`schulman2025lora`. Later both matrices move, and rsLoRA's analysis of that
+# regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has both; $\alpha/r$ is the default,
+# as in PEFT, Hugging Face's library of adapters {cite}`mangrulkar2022peft`. Since $\alpha$ itself
+# acts much like a second learning rate, we leave it at 16 and tune the rate.
 #
 # ### Merging
 #
-# An adapter that is trained need not stay beside its matrix. $W + sBA$ is a matrix of the same
+# A trained adapter need not stay beside its matrix. $W + D$ with $D = sBA$ is a matrix of the same
 # shape, and with it the tuned model is as fast as the base. {py:func}`~llmbook.lora.merge_lora`
-# puts plain layers back; {py:func}`~llmbook.lora.unmerge_lora` undoes it. Not to the bit, since
-# the sum of $W$ and $D$ is rounded: with unit roundoff $u$ ($2^{-24}$ in float32) the rounding of
-# the sum is at most $u\lvert W + D\rvert$, that of the difference about $u\lvert W\rvert$, so that
-# each weight comes back within $2u(\lvert W \rvert + \lvert D \rvert)$.
-# {py:func}`~llmbook.lora.without_lora` switches an unmerged adapter off, which is exact:
+# puts plain layers back; {py:func}`~llmbook.lora.unmerge_lora` undoes it, though not to the bit.
+# With {term}`unit roundoff` $u$ ($2^{-24}$ in float32), rounding changes the sum by at most
+# $u\lvert W + D\rvert$ and the difference by about $u\lvert W\rvert$, so each weight comes back
+# within $2u(\lvert W \rvert + \lvert D \rvert)$. {py:func}`~llmbook.lora.without_lora` switches an
+# unmerged adapter off, which is exact:
 
 # %%
 model, ids = deepcopy(base), torch.arange(40).view(2, 20)
@@ -880,21 +886,23 @@ assert off.max() <= 2**-23
 print("unmerged: weights are off by at most 2^-23 of the two sizes")
 
 # %% [markdown]
+# Switching off is exact, and merging is right up to rounding.
+#
 # ## Which matrices, by name
 #
-# Which layers get an adapter is said by their names, as everywhere: by the end of a name (`q_proj`
-# means the query matrices of all blocks), by a regular expression for whole names, or by
-# "all-linear", which is everything but the head. {py:func}`~llmbook.lora.apply_lora` puts the
-# layers in, freezes all else, and returns the names.
+# A user chooses layers by name: by the end of a name (`q_proj` means the query matrices of all
+# blocks), by a regular expression for whole names, or by "all-linear", which is everything but the
+# head. {py:func}`~llmbook.lora.apply_lora` puts the adapted layers in, freezes everything else, and
+# returns the names.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: adapters as data, and the fingerprint of a base
 
 # %% [markdown] tags=["engine"]
-# The fingerprint reads up to 4,096 numbers of each tensor. That is quick for large models, and
-# tuning changes all numbers of what it changes. It depends on the type of numbers: the same base
-# in bfloat16, or quantized, is another one, and a caller who knows that it fits says
-# `any_base=True`.
+# The fingerprint reads up to 4,096 numbers of each tensor. That is quick even for large models, and
+# tuning changes nearly all numbers of a tensor that it changes. The fingerprint depends on the type
+# of numbers: the same base in bfloat16, or quantized, counts as another one, and a caller who knows
+# that it fits says `any_base=True`.
 
 
 # %% tags=["engine"]
@@ -985,6 +993,8 @@ def base_fingerprint(model: nn.Module) -> str:
 
 # %% [markdown]
 # ### Four ways to name layers
+#
+# Here are three ways, and a name that does not exist:
 
 # %%
 for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",)):
@@ -998,13 +1008,15 @@ for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",
 
 # %% [markdown]
 # A name that fits nothing is refused, and so are a rank above that of the matrix and a second
-# adapter on top of a first. So is a head that shares its matrix with the embedding: the adapter
-# would act on the logits alone, as it should, but merged it would change what each token means at
-# the input, too. A model that is meant to have an adapter at its head needs a head of its own.
+# adapter on top of a first. So is a head that shares its matrix with the embedding
+# ({term}`weight tying`): the adapter would act on the {term}`logits` alone, as it should, but
+# merged it would also change what each {term}`token` means at the input. A model that is meant to
+# have an adapter at its head needs a head of its own.
 #
 # An adapter is of use only with the base that it was trained on. Beside another one of the same
-# shape it runs without an error, and talks nonsense. So {py:func}`~llmbook.lora.adapter_state`
-# notes a fingerprint of the base, and {py:func}`~llmbook.lora.load_adapter_state` compares it:
+# shape it runs without an error, but computes something that nobody trained. So
+# {py:func}`~llmbook.lora.adapter_state` notes a {term}`fingerprint` of the base, and
+# {py:func}`~llmbook.lora.load_adapter_state` compares it:
 
 # %%
 model, other = deepcopy(base), deepcopy(base)
@@ -1018,13 +1030,15 @@ except ValueError as error:
     print(str(error)[:41])
 
 # %% [markdown]
+# The copy with one changed matrix is refused.
+#
 # ## Against full tuning
 #
 # How much of full tuning's result does LoRA reach, and at which rate? A single pair of runs cannot
-# tell, since each method has a learning rate of its own. So `python benchmarks/lora.py` has
-# trained at six rates with ranks 1 to 16 on all linear layers, and in full: each time a hundred
-# steps on the same batches, which is too few to be done, so that differences can be seen, with
-# three seeds for the three best rates.
+# tell, since each method has a learning rate of its own. So `python benchmarks/lora.py` tuned at
+# six rates, with ranks 1 to 16 on all linear layers and in full: a hundred steps on the same
+# batches, too few to finish, so that differences can be seen, with three {term}`seeds <seed>` at
+# the three best rates.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the runs of the table
@@ -1120,7 +1134,8 @@ def rate_table(part: str = "all-linear", ranks: Sequence[int] = (0, 1, 2, 4, 8, 
 # %% [markdown]
 # ### Best against best
 #
-# First, one of these runs live, with a seed that is not in the table:
+# We repeat one of these runs live, with a new seed. The table has each rank at its best rate, with
+# 95 % {term}`intervals <confidence interval>`, and {numref}`fig-lora-rates` shows all rates:
 
 # %%
 live = tuning_run(8, 0.01, seed=3)
@@ -1134,29 +1149,28 @@ print(table)
 draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 16": curves[16]})
 
 # %% [markdown]
-# At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA nine
-# questions of ten: at equal steps it is a little behind. A rank of 2 is nearly as good as one of
-# 16, and only rank 1 falls clearly short. What differs most is the price. Adam keeps two numbers
-# for each trained one, so that rank 2 has 2 % of full tuning's bytes. And it forgets less: stories
-# cost 1 % more bits than before with any rank, 4 % more with full tuning at its best rate and 11 %
-# more at the next one. (At 0.003 full tuning forgets as little as LoRA, but then 87 % of its
-# answers are right.)
+# At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA about nine
+# questions in ten: at equal steps it is a little behind. Three seeds cannot tell the ranks from 2
+# to 16 apart; only rank 1 falls short. (Choosing the best rates by the same questions flatters all
+# rows.) What differs most is the price. Adam keeps two numbers for each trained one, so rank 2
+# takes 2 % of full tuning's bytes. LoRA also forgets less: stories cost 1 to 2 % more bits than
+# before with any rank, 4 % more with full tuning at its best rate, and 11 % more at the next one.
+# (At 0.003 full tuning forgets as little as LoRA, but then only 87 % of its answers are right.)
 #
 # The curves of the ranks lie close together and have their best rates in the same place, from 0.01
-# to 0.03. This is what the derivation for Adam and $\alpha/r$ predicted. The best rate of full
-# tuning is 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning,
-# quite independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten
-# here, but one between one and three.** (At small rates the shift is larger: full tuning at 0.001
-# is as good as LoRA at 0.003 to 0.01.) A part of the reason may be the width. A step of Adam
-# changes an entry of $W$ by $\eta$, and an entry of $sBA$ by $s$ times a sum of $r$ numbers
-# $\pm\eta A_{kj}$, of size $\eta s \sqrt{r}\,\sigma$ with $\sigma = 1/\sqrt{3n}$. For $r = 8$ and
-# $n = 64$ this is $0.41\,\eta$, so that LoRA would need a rate 2.5 times as high for steps of the
-# same size; for $n = 4096$, 20 times. That is an estimate for the first steps and explains no
-# measurement of theirs; what it says is that the factor is worth measuring, and need not be ten
-# for you.
+# to 0.03, which agrees with the derivation for Adam and $\alpha/r$. The best rate of full tuning is
+# 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning, nearly
+# independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten here,
+# but one between one and three.** (At small rates the shift is larger: full tuning at 0.001 is as
+# good as LoRA at 0.003 to 0.01.) Part of the reason may be the width. A step of Adam changes an
+# entry of $W$ by $\eta$, and an entry of $sBA$ by $s$ times a sum of $r$ numbers $\pm\eta A_{kj}$,
+# of size $\eta s \sqrt{r}\,\sigma$, where our start has $\sigma = 1/\sqrt{3n}$. For $r = 8$ and
+# $n = 64$ this is $0.41\,\eta$, so LoRA would need a rate 2.5 times as high for steps of the same
+# size; for $n = 4096$, 20 times. This estimate covers only the first steps and does not explain the
+# factor of ten, but it shows that yours may differ.
 #
-# Which layers should have an adapter? With as many numbers, or nearly, as rank 8 on all of them,
-# attention alone gets rank 17 and feed-forward networks alone rank 15:
+# Which layers should have an adapter? With about as many numbers as rank 8 has on all of them,
+# attention alone gets rank 17 and feed-forward networks alone rank 15 (columns as above):
 
 # %%
 for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
@@ -1165,36 +1179,34 @@ for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
 # %% [markdown]
 # Attention alone is as good as all layers, and feed-forward networks alone are far worse. That is
 # the reverse of what was found on large models, where feed-forward layers alone do as well as all,
-# and attention alone is behind even at equal parameters {cite}`schulman2025lora`. It fits what our
-# task is: the facts are stored already, and what has to be learned is where in a question the name
-# and the attribute stand, which is work for attention. Another task, another answer. With all
-# linear layers one need not know it beforehand, and that is the better argument for them as the
-# default.
+# and attention alone is behind even at equal parameters {cite}`schulman2025lora`. A likely reason
+# is our task: the facts are stored already, and what has to be learned is where in a question the
+# name and the attribute stand, which is work for attention. With all linear layers one need not
+# know the answer beforehand, which is the better argument for them as the default.
 
 # %% [markdown]
 # ## What a rank can store
 #
-# So far the model had the knowledge already, and had to learn a form. It is another matter to
-# teach it new facts. Then an adapter is a memory, and one can ask how many bits it holds. In the
-# tiny world this can be counted. Draw the facts of 96 characters anew: each has seven public
-# attributes, and a value that is one of $k$ equally likely ones takes $\log_2 k$ bits to say.
-# There are 672 facts, hence
+# So far the model had the knowledge and had to learn a form. If it is taught new facts, the adapter
+# becomes a memory, and one can ask how many bits it holds. In the tiny world this can be counted.
+# Draw the facts of 96 characters anew: each has seven public attributes, and a value that is one of
+# $k$ equally likely ones takes $\log_2 k$ bits to state. There are 672 facts, hence
 #
 # $$
 # 96 \cdot (\log_2 12 + 4 \log_2 16 + \log_2 12 + \log_2 95) \approx 2{,}850 \text{ bits} .
 # $$
 #
-# The base, which knows other things about some of these names, is tuned on one question about each
-# fact for 400 steps. What does it know afterwards? If it gives the right value the probability $q$
-# among the possible ones, where a guess gives $1/k$, it has stored
+# The base, which knows other things about some of these names, is tuned for 400 steps on one
+# question about each fact. What does it know afterward? If it gives the right value the probability
+# $q$ among the possible ones, where a guess would give $1/k$, it has stored
 #
 # $$
 # \log_2 q - \log_2 \tfrac1k = \log_2 (q k) \text{ bits}
 # $$ (lora-bits)
 #
 # of this fact: all of $\log_2 k$ if it is sure, nothing if it guesses, and less than nothing if it
-# is sure of something else. (Only the first token of a value is looked at, and values that share
-# it count as one, so that the sum of what can be stored is a little smaller, 2,767 bits.)
+# is sure of something else. (We look only at the first token of a value, and count values that
+# share it as one, so a little less can be stored, 2,767 bits.)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: new facts, and the bits that a model has of them
@@ -1324,8 +1336,9 @@ def storage_table(n_steps: int = 400, ranks: Sequence[int] = (1, 2, 4, 8, 16, 0)
 # %% [markdown]
 # ### Bits counted
 #
-# Ranks 1 to 16 at the rate 0.01 and full tuning at 0.003, rates that served well above and were
-# not searched for here, with three seeds (`python benchmarks/lora.py storage`):
+# `python benchmarks/lora.py storage` ran ranks 1 to 16 at the rate 0.01 and full tuning at 0.003,
+# with three seeds. These rates served above and were not searched for here. The table and
+# {numref}`fig-lora-storage` show what was stored:
 
 # %%
 table, curve, most = storage_table()
@@ -1335,35 +1348,35 @@ print(table)
 draw_stored(dict(curve[rank] for rank in (1, 2, 4, 8, 16)), curve[0], most)
 
 # %% [markdown]
-# Rank 1 knows a sixth of the facts, where guessing would get 41 of them right, and yet it has less
-# than no bits: it is sure of too much that is wrong. From there storage grows with the rank, to
-# about a third of the information, and full tuning has about three quarters. Compare this with the
-# section before, in which rank 2 was nearly as good as rank 16 and full tuning was hardly better.
-# A form is a small load for an adapter, and facts are a large one. Whoever wants to teach a model
-# a handbook should not expect it from a rank that taught it to answer.
+# Rank 1 knows a sixth of the facts, where guessing would get 41 of them right, and yet its mean is
+# below zero bits: it is too sure of what is wrong. From there storage grows with the rank, to about
+# a third of the information, and full tuning has about three quarters. In the section before, rank
+# 2 was nearly as good as rank 16, and full tuning was only a little better. A form is a small load
+# for an adapter, and facts are a large one: the rank that taught a model to answer may be too small
+# to teach it a handbook.
 #
 # Is this what the numbers *can* hold? No: models hold about two bits per parameter when they have
 # met each fact a thousand times {cite}`allenzhu2025capacity`, and ours have met each one 19 times.
-# So the last column is what could be stored in the time. From rank 2 on it falls, and from rank 8
-# to 16 twice as many numbers store no more, which says that at this end steps are scarce and not
-# room. At the other end room is scarce: with the same steps, rank 2 stores a third of what rank 8
-# does. And full tuning, at a hundredth of a bit per number, gets most into the model in the time
-# given, which is the thing that counts when facts are to be learned.
+# So the last column says what was stored in the given time. From rank 2 on it falls, and from rank
+# 8 to 16 twice as many numbers store no more: at this end, steps seem to be scarce and not room. At
+# the other end room is scarce: in the same steps, rank 2 stores a third of what rank 8 does. And
+# full tuning, at a hundredth of a bit per number, gets the most into the model in the given time,
+# which is what counts when facts are to be learned.
 
 # %% [markdown]
 # ## Ten adapters over one base
 #
-# Ten users have tuned the same model, each for a purpose of their own, and all of them ask at the
-# same moment. With ten merged copies, the server holds ten models and runs ten batches of one
-# question each. With adapters it could hold the base once. Could it also answer all ten in one
-# batch?
+# So far one adapter has served one user. Now for the ten hospitals: all of them have tuned the same
+# model, and all of them ask at the same moment. With ten merged copies, the server holds ten models
+# and runs ten batches of one question each. With adapters it could hold the base once. Could it
+# also answer all ten in one batch?
 
 # %% [markdown]
-# The base part of the layer, $Wx$, is the same for everybody, so one product of matrices serves
-# the whole batch. Only the thin part differs from row to row. If the thin matrices of all users
-# are stacked, $A$ with shape (users, rank, in) and $B$ with shape (users, out, rank), and
-# `rows` says whose row each one is, then indexing puts the right pair of matrices beside each row,
-# and a batched product does the rest:
+# The base's part of the layer, $Wx$, is the same for everybody, so one product of matrices serves
+# the whole batch. Only the thin part differs from row to row. Stack the thin matrices of all users,
+# $A$ with shape (users, rank, in) and $B$ with shape (users, out, rank), and let `rows` say whose
+# row each one is. Then indexing puts the right pair of matrices beside each row, and a batched
+# product does the rest:
 
 
 # %%
@@ -1381,10 +1394,10 @@ def rows_update(
 
 
 # %% [markdown]
-# The class {py:class}`~llmbook.lora.AdapterBank` in the engine room below puts this into each
-# adapted layer of a model. Adapters come and go by name while the base stays as it is; number 0 of
-# each stack is zero, for the rows that want the base alone. Adapters of different ranks fit into
-# one stack, since a thin matrix filled up with zeros adds the same product.
+# The class {py:class}`~llmbook.lora.AdapterBank` in the room below puts this into each adapted
+# layer of a model. Adapters come and go by name while the base stays as it is; number 0 of each
+# stack is zero, for the rows that want the base alone. Adapters of different ranks fit into one
+# stack, since a thin matrix padded with zeros adds the same product.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a bank that adds and removes adapters, and follows each row through generation
@@ -1455,7 +1468,7 @@ class BankLinear(BankLinear):  # continued
 
 # %% [markdown] tags=["engine"]
 # The bank works on a second set of modules over the same tensors: `deepcopy` is told that each
-# parameter is its own copy. So the base itself stays untouched, and costs its memory once.
+# parameter is its own copy. So the base itself stays untouched, and is in memory only once.
 
 
 # %% tags=["engine"]
@@ -1505,10 +1518,10 @@ class AdapterBank:
 
 # %% [markdown] tags=["engine"]
 # Chapter 14's `generate` sorts prompts by length, and takes rows that have finished out of the
-# batch. Everything that belongs to a row has to follow it. What moves with the rows is the cache,
-# so the bank hands out caches that tell it when they are made and when they are reordered.
-# Without a cache, or when a row slides over the end of the context, rows would be read anew
-# without a word to the bank; both are refused.
+# batch. Everything that belongs to a row has to follow it. The {term}`KV cache` moves with the
+# rows, so the bank hands out caches that tell it when they are made and when they are reordered.
+# Without a cache, or when a row slides over the end of the context, rows would be read anew without
+# the bank being told; both are refused.
 
 
 # %% tags=["engine"]
@@ -1598,10 +1611,9 @@ class AdapterBank(AdapterBank):  # continued
 # %% [markdown]
 # ### Ten users in one batch
 #
-# For the experiment, each of ten users has a favorite character of the tiny world. Twenty steps on
-# 16 stories about it train an adapter of rank 2, with which the base tells stories about this
-# character. The function `storyteller` does this; it stands in the next room, with the others that
-# this half of the chapter needs.
+# For the experiment, each of ten users has a favorite character of the tiny world. The function
+# `storyteller` in the room below trains an adapter of rank 2 for twenty steps on 16 stories about
+# this character.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: small adapters and their copies, and times measured in turns
@@ -1691,9 +1703,9 @@ for name, reply in zip((*NAMES[:2], "nobody"), (*together[:2], together[10]), st
     print(f"for {name:6}: {str(reply.text)[:19]} ...")
 
 # %% [markdown]
-# The replies are those of the merged copies, and the logits agree up to rounding, since the
-# products are taken in another order. What is gained is memory and time. The bank holds one base
-# and ten adapters of rank 2, and each step reads the base's weights once for all rows:
+# Each of the ten rows tells of its own character, and every token is that of the merged copy. What
+# is gained is time and memory: each step reads the base's weights once for all rows, and the bank
+# holds one base and ten adapters of rank 2. (The logits agree up to rounding.)
 
 # %% tags=["nbval-ignore-output"]
 ratio = ratio_of_times(one_by_one, one_batch)
@@ -1706,37 +1718,36 @@ ten, held = 10 * stored_bytes(base), bank.nbytes
 print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / held:.1f} times less")
 
 # %% [markdown]
-# With a larger base the factor comes closer to ten, since the adapters weigh less in comparison.
-# Servers go further: Punica {cite}`chen2023punica` has a kernel that multiplies each row by its own
-# matrices without copying them side by side first, as our indexing does, and S-LoRA
-# {cite}`sheng2023slora` keeps thousands of adapters in the main memory and fetches those that the
-# current batch needs. An adapter that is merged is still the fastest way to serve a single user,
-# because its thin products are gone.
+# One batch is several times as fast, in an eighth of the memory. With a larger base the memory
+# comes closer to a tenth, since the adapters weigh less in comparison. Servers go further: Punica
+# {cite}`chen2023punica` has a kernel that multiplies each row by its own matrices without first
+# copying them side by side, as our indexing does, and S-LoRA {cite}`sheng2023slora` keeps thousands
+# of adapters in main memory and fetches those that the current batch needs. For a single user a
+# merged adapter is fastest: its thin products are gone.
 
 
 # %% [markdown]
 # ## A base in four bits
 #
-# An adapter saves the memory of gradients and moments, but the frozen base still has to be there.
-# Seven billion weights of 16 bits are 14 GB before the first activation. The base is never updated,
-# though, so it need not be able to hold small changes: numbers of fewer bits will do as long as the
-# model still computes nearly the same. That is QLoRA {cite}`dettmers2023qlora`: a base in four
-# bits, adapters in ordinary floats beside it. The adapters are tuned over the *rounded* base, so
-# they can make up for some of the rounding.
+# An adapter saves the memory of gradients and moments, but the frozen base still has to be there:
+# seven billion weights of 16 bits are 14 GB. The base is never updated, though, so it need not be
+# able to hold small changes: numbers of fewer bits will do as long as the model computes nearly the
+# same. That is {term}`QLoRA` {cite}`dettmers2023qlora`: a base in four bits, and adapters in
+# ordinary floats beside it. The adapters are tuned over the *rounded* base, so they can make up for
+# some of the rounding.
 #
-# Four bits have 16 codes. Which 16 numbers should they stand for? Chapter 14's whole numbers are
-# evenly spaced, but weights are not evenly distributed: many are near zero, few are far away. If
-# weights come from a normal distribution, evenly spaced levels at the ends are hardly ever used,
-# while those in the middle stand for far too many weights. A code carries the most information when
-# all codes are equally likely, so levels should be *quantiles* of the distribution, with the same
-# share of the probability between each and the next.
+# Four bits have 16 codes. Which 16 numbers should they stand for? The whole numbers of chapter 14's
+# {term}`quantization` are evenly spaced. But if weights come from a normal distribution, evenly
+# spaced levels at the ends are hardly ever used, while those in the middle stand for far too many
+# weights. A code carries the most information when all codes are equally likely, so the levels of
+# {term}`NF4`, NormalFloat of four bits, are *quantiles* of the distribution, with the same share of
+# the probability between each and the next.
 #
-# Three conditions turn this into numbers. Zero must be a level, exactly: padding and pruned weights
-# should stay zero. The outermost levels must be -1 and 1, since each block of weights is divided by
-# its largest absolute value. And the quantile of probability 1 is infinite, so the outermost level
-# has to be taken at some $p < 1$. With one level for zero, 15 are left, which cannot be shared
-# equally between two sides: seven go below zero and eight above. A side with $n$ steps from zero
-# has its levels at the probabilities
+# Three conditions turn this into numbers. Zero must be a level, exactly, because padding and pruned
+# weights should stay zero. The outermost levels must be -1 and 1, since each block of weights is
+# divided by its largest absolute value. And the quantile of probability 1 is infinite, so the
+# outermost level has to be taken at some $p < 1$. With one level for zero, 15 are left: seven go
+# below zero and eight above. A side with $n$ steps from zero has its levels at the probabilities
 #
 # $$p_i = \frac12 + \Bigl(p - \frac12\Bigr)\frac{i}{n}, \qquad i = 1, \dots, n,$$
 #
@@ -1768,19 +1779,15 @@ levels = nf4_levels()
 print(" ".join(f"{level:.3f}" for level in levels.tolist()))
 
 # %% [markdown]
-# A matrix is cut into blocks of 64 neighbors, each divided by its largest absolute value, and each
-# number goes to the nearest level. The code is the number of the level, and two codes share a
-# byte. So far that makes 4 bits for a weight and one float of 32 bits for each block, half a bit a
-# weight. *Double quantization* shrinks that half: scales are all positive and close to one another,
-# so they are rounded, too, to 8 bits around their mean, with one float for each 256 of them. That
-# leaves
+# The levels are dense near zero. A matrix is cut into blocks of 64 neighbors, each divided by its
+# largest absolute value, its scale, and each number goes to the nearest level. The code is the
+# number of the level, and two codes share a byte. So far that makes 4 bits for a weight and one
+# float of 32 bits for each block, half a bit a weight.
+# {term}`Double quantization <double quantization>` shrinks that half: the scales are all positive
+# and close to one another, so they are rounded, too, to 8 bits around their mean, with one float
+# for each 256 of them. That leaves
 #
 # $$4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.127 \text{ bits a weight}.$$
-#
-# {numref}`fig-lora-nf4` shows the levels and how often each is used. The shares are not equal, in
-# contrast to the argument: a number divided by the largest of its block is no longer normal, and
-# Yoshida {cite}`yoshida2023nf4` shows how its distribution depends on the block's size. What counts
-# is the error that remains.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: four bits packed, a layer that multiplies by them, merging
@@ -2057,13 +2064,17 @@ def show_runs(name: str) -> None:
 
 # %% [markdown]
 # ### What rounding costs
+#
+# {numref}`fig-lora-nf4` shows the levels, and how often each of them is used for normal weights:
 
 # %% mystnb={"figure": {"caption": "Left: the 16 levels of NF4 under the density that they are quantiles of. Right: the share of normal weights that gets each code, in blocks of 64; dashed, an equal share.", "name": "fig-lora-nf4"}, "image": {"alt": "Two panels. Left, a bell curve with 16 vertical lines, dense in the middle and sparse outside. Right, 16 bars around the dashed line of one sixteenth, lower at both ends."}}
 draw_levels(shares_of_codes(weights))
 
 # %% [markdown]
-# The even levels of four-bit integers in blocks of the same size are the control. Both have the
-# same number of bits, so only the places of the levels differ:
+# The shares are not equal, in contrast to the argument: a number divided by the largest of its
+# block is no longer normal, and Yoshida {cite}`yoshida2023nf4` shows how its distribution depends
+# on the block's size. To compare errors, the even levels of four-bit integers, in blocks of the
+# same size, are the control:
 
 # %%
 for name, table in (("even levels", even), ("NF4", nf4_levels())):
@@ -2071,12 +2082,11 @@ for name, table in (("even levels", even), ("NF4", nf4_levels())):
     print(f"{name:11}: an error of {error:.1%} of the weights")
 
 # %% [markdown]
-# An error of a tenth sounds like much. Yet errors of single weights are independent, and a sum of
-# many products averages them out. Does tuning succeed over such a base? The table is the same
-# experiment as in the sections before, 100 steps at a rate of 0.01 with adapters of rank 8 in all
-# linear layers, over the base in floats, in int8 and in NF4. The first column of numbers is the
-# loss of the untuned base on stories, relative to that of the base in floats. `python
-# benchmarks/qlora.py` made the runs.
+# NF4's error is a tenth smaller, but 9 % of the weights still sounds like much. Does tuning succeed
+# over such a base? `python benchmarks/qlora.py` repeated the experiment of "Against full tuning"
+# over the base in floats, in int8, and in NF4: 100 steps at a rate of 0.01 with adapters of rank 8
+# in all linear layers. The first column of numbers is the loss of the untuned base on stories,
+# relative to that of the base in floats. The last two are about merging.
 
 # %%
 show_runs("qlora.csv")
@@ -2085,8 +2095,8 @@ show_runs("qlora.csv")
 # Over the five seeds the mean is the same within the noise: about 90 % right over each of the three
 # bases, and zero lies well inside the interval of the difference. The interval also says how little
 # five seeds can tell: a loss of several points is not excluded, and the results over NF4 are the
-# most scattered of the three. The rounded base itself is hardly worse on stories, by less than half
-# a percent of the loss.
+# most scattered. The rounded base itself is hardly worse on stories, by less than half a percent of
+# the loss.
 #
 # One live run must fall into the range of the table. It also counts what is stored:
 
@@ -2098,9 +2108,9 @@ tune_on_facts(tuned, 100, 0.01)
 about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 
 # %% [markdown]
-# In this tiny model more than half of the weights are in the embedding and the head, which stay in
-# floats. In a
-# model of 7B parameters, where they are a few percent, 14 GB become about 4.
+# The tiny model keeps two thirds of its bytes: more than half of its weights are in the embedding
+# and the head, which stay in floats. In a model of 7B parameters, where they are a few percent, 14
+# GB become about 4.
 
 # %% [markdown]
 # ### Merging back
@@ -2108,35 +2118,34 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # To merge an adapter into a quantized base, its matrix must be dequantized and the update added. If
 # the sum is kept in floats, nothing is lost but the saving. If it is rounded again, the rounding
 # falls on the update, too, and it is not small in comparison: the error of a weight depends on the
-# size of the weight, while the update may be much smaller. {py:func}`~llmbook.lora.merge_lora`
-# therefore refuses a quantized base, and {py:func}`~llmbook.lora.merge_quantized` demands to be
-# told which of the two is meant. It returns the error of each matrix relative to the update. The
-# last columns of the table show this error, and what it did to the replies.
+# size of the weights in its block, while the update may be much smaller.
+# {py:func}`~llmbook.lora.merge_lora` therefore refuses a quantized base, and
+# {py:func}`~llmbook.lora.merge_quantized` has to be told which of the two is meant. It returns the
+# error of each matrix relative to the update. The last columns of the table show this error, and
+# what it did to the replies.
 #
-# Over NF4 the error is about 43 % of the update, and the merged and rounded model answers about 4
-# percentage points fewer questions on average. Over int8 it is 3 %, and nothing happens to the
-# replies. So an adapter tuned over four bits should stay beside its base, or be merged into
-# floats. (It should not be merged into the *original* base either without a test, since it was
-# tuned over another one; there it is only nearly right.)
+# Over NF4 the error is about 43 % of the update, and the merged and rounded model answers fewer
+# questions in each of the five runs, about 4 percentage points on average. Over int8 it is 3 %, and
+# the replies hardly change. So an adapter tuned over four bits should stay beside its base, or be
+# merged into floats. (Merging into the *original* base needs a test, too: the adapter was tuned
+# over another one.)
 
 
 # %% [markdown]
 # ## Files that PEFT opens
 #
-# Most adapters that people exchange are in the layout of PEFT {cite}`mangrulkar2022peft`, a folder
-# with two files. `adapter_config.json` says what the adapter is: its rank, alpha, and the names of
-# the layers. `adapter_model.safetensors` has two tensors for each layer, named after the layer in
-# *Hugging Face's* class for the model, such as
-# `…layers.0.self_attn.q_proj.lora_A.weight`. Chapter 11 wrote the base so
-# that their library opens it. With adapters in the same layout, a model tuned here can be served by
-# any program that knows PEFT, and an adapter from elsewhere can be tuned further here.
+# Many adapters are exchanged in the layout of PEFT, a folder with two files. `adapter_config.json`
+# says what the adapter is: its rank, alpha, and the names of the layers.
+# `adapter_model.safetensors` has two tensors for each layer, named after the layer in *Hugging
+# Face's* class for the model, such as `…layers.0.self_attn.q_proj.lora_A.weight`. Chapter 11 writes
+# the base so that their library opens it. So a model tuned here can be served by programs that know
+# PEFT, and an adapter from elsewhere can be tuned further here.
 #
-# Two things can go wrong in silence, and both have cost people days. The first is a name that
-# matches nothing: the tensors are skipped, and the "tuned" model is the base. So a tensor that is
-# missing or left over is an error here. The second is an entry of the configuration that means a
-# different function. An adapter with `use_dora` has the same two matrices and computes something
-# else with them. So every entry that we do not implement is refused by its name, unless it is
-# switched off.
+# Two things can go wrong silently. The first is a name that matches nothing: if its tensors are
+# skipped, the "tuned" model is the base. So a tensor that is missing or left over is an error here.
+# The second is an entry of the configuration that stands for a different function. An adapter with
+# `use_dora` has the same two matrices and computes something else with them. So every entry that we
+# do not implement is refused by its name, unless it is switched off.
 
 # %% [markdown]
 # {py:func}`~llmbook.lora.save_adapter` and {py:func}`~llmbook.lora.load_adapter` are in the room
@@ -2147,8 +2156,8 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 
 # %% [markdown] tags=["engine"]
 # The layers of our Llama-like models have the same last names as those of Hugging Face; only the
-# modules around them are called differently. A model that is of no family of theirs keeps its
-# names, since PEFT can wrap any module of PyTorch, ours included.
+# modules around them are called differently. A model that belongs to none of their families keeps
+# its names, since PEFT can wrap any module of PyTorch, ours included.
 
 # %% tags=["engine"]
 #| export
@@ -2191,12 +2200,12 @@ def _peft_name(name: str, family: str) -> str:
 
 
 # %% [markdown] tags=["engine"]
-# GPT-2 of Hugging Face makes queries, keys and values with one matrix, which gets one pair of thin
-# matrices. Our three pairs become one of three times the rank: the three $A$ on top of one another,
-# and the three $B$ as blocks of a larger matrix that is zero elsewhere; so is a pair that we do not
-# have. The entries `rank_pattern`
-# and `alpha_pattern` of the configuration say so. In the other direction, PEFT's own adapter of
-# the fused matrix has one $A$ for all three, and its $B$ is cut into three parts.
+# Hugging Face's GPT-2 makes queries, keys, and values with one matrix, which gets one pair of thin
+# matrices. Our three pairs become one of three times the rank: the three $A$ are stacked, and the
+# three $B$ become blocks of a larger matrix that is zero elsewhere. A pair that we do not have
+# becomes zeros. The entries `rank_pattern` and `alpha_pattern` of the configuration say so. In the
+# other direction, PEFT's own adapter of the fused matrix has one $A$ for all three, and its $B$ is
+# cut into three parts.
 
 
 # %% tags=["engine"]
@@ -2228,8 +2237,9 @@ def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None
 
 
 # %% [markdown] tags=["engine"]
-# Saving: the names of the targets are the shortest that select exactly the adapted layers. The
-# fingerprint of the base goes into the header of the safetensors file, where PEFT does not look.
+# When an adapter is saved, the names of its targets are the shortest that select exactly the
+# adapted layers. The fingerprint of the base goes into the header of the safetensors file, which
+# PEFT ignores.
 
 # %% tags=["engine"]
 #| export
@@ -2549,8 +2559,8 @@ def gradient_difference(own: Any, other: Any) -> float:
 # %% [markdown]
 # ### There and back
 #
-# The adapter for Tess goes out, PEFT opens it over the exported base, and the logits are compared.
-# Then all numbers of PEFT's adapter are changed, PEFT saves it, and it is opened here:
+# We save the adapter for Tess, PEFT opens it over the exported base, and we compare the logits.
+# Then we change all numbers of PEFT's adapter, PEFT saves it, and we open it here:
 
 # %%
 ours = deepcopy(base)
@@ -2568,18 +2578,17 @@ assert max(differences) < 1e-4
 print("ours opened by PEFT, and PEFT's opened here: the same logits to 4 digits")
 
 # %% [markdown]
-# The tests do the same with the classes of Llama, Qwen3, Mistral and GPT-2, with names, regular
-# expressions and "all-linear" as targets, and spoil the files in every way that the room names.
+# The tests do the same with the classes of Llama, Qwen3, Mistral, and GPT-2, with names, regular
+# expressions, and "all-linear" as targets, and damage the files in every way that the room names.
 
 
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The files had the same logits. Training needs the same gradients as well: PEFT's model from above
-# and ours have the same thin matrices now, so one backward pass on the same batch must give the
-# same gradients. The second comparison is with the 16 levels that the authors of QLoRA publish
-# {cite}`dettmers2023qlora`; ten of them are enough to tell. (Where torchao is installed, a test
-# compares codes and matrices with its NF4, too.)
+# The logits agreed. The gradients must agree, too: PEFT's model from above and ours have the same
+# thin matrices now, and both get the same batch. The second comparison is with the 16 levels that
+# the authors of QLoRA publish {cite}`dettmers2023qlora`; ten of them are enough to tell. (Where
+# torchao is installed, a test compares codes and matrices with its NF4, too.)
 
 # %%
 assert gradient_difference(ours, theirs) < 1e-3
@@ -2591,9 +2600,11 @@ assert largest_difference(found, torch.tensor(published)) < 1e-6
 print("levels of NF4: those that were published, to 6 digits")
 
 # %% [markdown]
+# Gradients and levels agree.
+#
 # ## How fast is it?
 #
-# The table has the time of one pass, forward and backward, on the same batch of ten rows:
+# We time one pass, forward and backward, on the same batch of ten rows:
 
 # %% tags=["nbval-ignore-output"]
 four_bits, full = quantize_base(base), deepcopy(base).requires_grad_(True)
@@ -2603,25 +2614,22 @@ for name, model in (("PEFT", theirs), ("over NF4", four_bits), ("full tuning", f
     print(f"{name:11}: {ratio:.2f} times the time of our LoRA")
 
 # %% [markdown]
-# With a model this small, calling functions is most of the work, and LoRA calls more functions than
-# full tuning does. What it saves is memory. In larger models the thin products hardly count, and
-# the gradients of the frozen matrices, a third of the work of full tuning, need not be computed.
-# NF4 costs time everywhere, since each matrix is dequantized once for the forward pass and once for
-# the backward pass; on a GPU, kernels do so while they multiply.
+# PEFT takes about as long, and full tuning a little less: LoRA calls more functions, which is
+# probably much of the work in a model this small. What LoRA saves is memory. In larger models the
+# thin products hardly count, and the gradients of the frozen matrices, a third of the work of full
+# tuning, need not be computed. NF4 costs time everywhere, since each matrix is dequantized once for
+# the forward pass and once for the backward pass; kernels for GPUs can do so while they multiply.
 
 # %% [markdown]
 # ## Exercises
 #
 # ````{exercise} A full tuning as an adapter
 # :label: ex-lora-extract
-# *Fifteen minutes.* Somebody gives you a matrix before and after full tuning, and you would like
-# to keep the
-# difference as an adapter. Write `extracted(before, after, rank)`, which returns `a`, of shape
-# (rank, inputs), and
-# `b`, of shape (outputs, rank), such that `before + b @ a` is as near to `after` as any matrix of
-# this kind
-# can be. Let both share the size of the singular values evenly, so that neither is much larger
-# than the other.
+# *Fifteen minutes.* Somebody gives you a matrix before and after full tuning, and you would like to
+# keep the difference as an adapter. Write `extracted(before, after, rank)`, which returns `a`, of
+# shape (rank, inputs), and `b`, of shape (outputs, rank), such that `before + b @ a` is as near to
+# `after` as any matrix of this kind can be. Let both share the size of the singular values evenly,
+# so that neither is much larger than the other.
 # ````
 
 
@@ -2650,16 +2658,12 @@ assert torch.allclose(before + whole[1] @ whole[0], after), "with all directions
 # :label: ex-lora-broken
 # *Twenty minutes.* A run with adapters has ended, and the model is no better than its base. Write
 # `faults(base, model)`, which compares an adapted model with a copy of its base and returns a
-# dictionary from the name of
-# each layer in which something is wrong to one of three words: `"dead"` if no training can ever
-# move the adapter;
-# `"moved"` if the matrix under it is no longer that of the base; `"not finite"` if the adapter has
-# a number that is
-# none. `lora_layers(model)` returns the adapted layers by name, each with `base`, `lora_a` and
-# `lora_b`;
-# `base.get_submodule(name)` is a layer of the base. An adapter that simply has not been trained
-# yet is in order. If
-# several things are wrong with a layer, it is the first of the three that counts.
+# dictionary from the name of each faulty layer to one of three words: `"dead"` if no training can
+# ever move the adapter; `"moved"` if the matrix under it is no longer that of the base;
+# `"not finite"` if the adapter contains infinity or NaN. `lora_layers(model)` returns the adapted
+# layers by name, each with `base`, `lora_a`, and `lora_b`; `base.get_submodule(name)` is a layer of
+# the base. An adapter that simply has not been trained yet has no fault. If several things are
+# wrong with a layer, the first of the three counts.
 # ````
 
 
@@ -2771,16 +2775,16 @@ assert torch.allclose(a.norm(dim=1) ** 2, values[:2]), "A and B do not share the
 
 # %% [markdown]
 # With the adapter off, the model computes with the residual, which is the base without its
-# strongest directions. So an adapter that started by PiSSA does not fit the base itself, and a file
-# that says `"init_lora_weights": "pissa"` is refused by {py:func}`~llmbook.lora.read_adapter`.
+# strongest directions. So an adapter that was started by PiSSA does not fit the base itself, and a
+# file that says `"init_lora_weights": "pissa"` is refused by {py:func}`~llmbook.lora.read_adapter`.
 
 # %% [markdown]
 # ````{exercise} Better levels
 # :label: ex-lora-levels
-# *Twenty minutes.* NF4's levels are quantiles; the levels with the smallest squared error are
-# others. Lloyd's algorithm improves any set of levels: each number goes to its nearest level, then
+# *Twenty minutes.* NF4's levels are quantiles, which are not the levels with the smallest squared
+# error. Lloyd's algorithm improves any set of levels: each number goes to its nearest level, then
 # each level moves to the mean of its numbers. Write one step of it, `improved(levels, numbers)`.
-# The levels -1, 0 and 1 stay where they are, and so does a level that no number goes to.
+# The levels -1, 0, and 1 stay where they are, and so does a level that no number goes to.
 # ````
 
 
@@ -2812,18 +2816,18 @@ assert abs(few[3] - 0.45) < 1e-6, "a level does not move to the mean of its own 
 # ## Summary
 #
 # LoRA leaves $W$ frozen and trains $sBA$ beside it: $r(m+n)$ numbers in place of $mn$, with memory
-# for the gradients and moments of those alone. $B = 0$ makes the first step start from the base, to
-# the bit; if both matrices were zero, neither would ever move. The update that full tuning finds is
-# not of low rank, but a few of its directions do most of its work, and small updates can be found
-# directly. At equal steps LoRA came near full tuning and forgot less; its best rate was one to
-# three times as high, not ten times. New facts are another matter: what an adapter stores grows
-# with its rank.
+# for the gradients and moments of those alone. Because $B = 0$ at first, the model starts as its
+# base, to the bit. The update that full tuning finds is not of low rank, but a few of its
+# directions do most of its work, and small updates can be found directly. At equal steps LoRA came
+# near full tuning and forgot less; its best rate was one to three times as high, not ten times.
+# What an adapter stores of new facts grows with its rank.
 #
 # One batch can serve many adapters: the base's product is shared, and each row is multiplied by the
 # thin matrices of its own user. NF4 puts 16 levels at quantiles of the normal distribution, with an
 # exact zero, and a weight takes little more than four bits. Tuning over such a base reached the
-# same accuracy as over floats; merging back into it loses much of the update, so it has to be asked
-# for. Files in PEFT's layout carry adapters in both directions, with the same logits and gradients.
+# same accuracy as over floats, within the noise of five seeds; merging back into it loses much of
+# the update, so it has to be asked for. Files in PEFT's layout carry adapters in both directions,
+# with the same logits and gradients.
 #
 # ### Checklist
 #
@@ -2836,18 +2840,19 @@ assert abs(few[3] - 0.45) < 1e-6, "a level does not move to the mean of its own 
 # - Before training, compare logits with the base's, to the bit; after merging, within tolerance.
 # - Store the fingerprint of the base beside the adapter.
 # - Many users of one base: keep the adapters beside it, in one batch. One user: merge into floats.
-# - If the base doesn't fit: four bits for the base, ordinary floats for adapters, and no merging
-#   back.
-# - For an adapter file of others: see that no tensor was skipped, that every entry of its
+# - If the base doesn't fit into memory: four bits for the base, ordinary floats for adapters, and
+#   no merging back.
+# - With an adapter file from others, check that no tensor was skipped, that every entry of its
 #   configuration is implemented, and that the base is the one it was tuned on.
 #
 # ### Further reading
 #
 # The method comes from Hu and colleagues {cite}`hu2022lora`; Aghajanyan and colleagues
-# {cite}`aghajanyan2021intrinsic` tune in a random subspace of a few hundred dimensions. The factor
-# at high ranks is discussed in {cite}`kalajdzievski2023rank`, and {cite}`schulman2025lora` asks
-# when LoRA equals full tuning. Allen-Zhu and Li {cite}`allenzhu2025capacity` count about two bits
-# of knowledge per parameter, as this chapter counts them. QLoRA {cite}`dettmers2023qlora` has NF4
-# and double quantization, and {cite}`yoshida2023nf4` says what the quantiles don't account for.
-# Punica {cite}`chen2023punica` and S-LoRA {cite}`sheng2023slora` serve many adapters at once; DoRA
-# {cite}`liu2024dora` and PiSSA {cite}`meng2024pissa` change what is trained, and where it starts.
+# {cite}`aghajanyan2021intrinsic` tune in a random subspace of a few hundred dimensions.
+# Kalajdzievski {cite}`kalajdzievski2023rank` derives the factor for high ranks, and Schulman and
+# colleagues {cite}`schulman2025lora` ask when LoRA equals full tuning. Allen-Zhu and Li
+# {cite}`allenzhu2025capacity` count about two bits of knowledge per parameter. QLoRA
+# {cite}`dettmers2023qlora` has NF4 and double quantization, and Yoshida {cite}`yoshida2023nf4` says
+# what the quantiles do not account for. Punica {cite}`chen2023punica` and S-LoRA
+# {cite}`sheng2023slora` serve many adapters at once; DoRA {cite}`liu2024dora` and PiSSA
+# {cite}`meng2024pissa` change what is trained, and where it starts.
