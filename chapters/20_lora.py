@@ -1162,12 +1162,9 @@ draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 1
 # 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning, nearly
 # independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten here,
 # but one between one and three.** (At small rates the shift is larger: full tuning at 0.001 is as
-# good as LoRA at 0.003 to 0.01.) Part of the reason may be the width. A step of Adam changes an
-# entry of $W$ by $\eta$, and an entry of $sBA$ by $s$ times a sum of $r$ numbers $\pm\eta A_{kj}$,
-# of size $\eta s \sqrt{r}\,\sigma$, where our start has $\sigma = 1/\sqrt{3n}$. For $r = 8$ and
-# $n = 64$ this is $0.41\,\eta$, so LoRA would need a rate 2.5 times as high for steps of the same
-# size; for $n = 4096$, 20 times. This estimate covers only the first steps and does not explain the
-# factor of ten, but it shows that yours may differ.
+# good as LoRA at 0.003 to 0.01.) We do not know
+# why the factor is smaller here. Our runs are short and our matrices narrow; it is worth measuring
+# yours.
 #
 # Which layers should have an adapter? With about as many numbers as rank 8 has on all of them,
 # attention alone gets rank 17 and feed-forward networks alone rank 15 (columns as above):
