@@ -75,14 +75,17 @@ def tuned_on(
 
 
 def untrue(conversations: Conversations) -> list[list[Message]]:
-    """Return the conversations with each answer's value that of another character."""
+    """Return the conversations with each answer's value that of the next character with another."""
     found = []
     n = 28  # answers of a character: 7 attributes in 4 wordings
     names = [WORLD_NAMES[at // n] for at in range(len(conversations))]
-    for at, (question, _) in enumerate(conversations):
-        other = (at + n) % len(conversations)
-        reply = conversations[other][1].content.replace(names[other], names[at])
-        found.append([question, Message("assistant", reply)])
+    for at, (question, answer) in enumerate(conversations):
+        for other in range(at + n, at + len(conversations), n):
+            false = conversations[other % len(conversations)][1].content
+            reply = false.replace(names[other % len(conversations)], names[at])
+            if reply != answer.content:
+                found.append([question, Message("assistant", reply)])
+                break
     return found
 
 
