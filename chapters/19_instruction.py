@@ -306,7 +306,7 @@ def _check_message(message: Message, index: int, roles: Collection[str]) -> None
         raise ValueError(f"messages: expected {expected}, got {got!r:.60} at index {index}")
 
     if not _is(message, Message):
-        refuse("Messages", message)
+        refuse("Messages (read_conversations makes them of dicts)", message)
     role, content, thinking, calls = message
     if role not in FOLLOWS or role == "call" or role not in roles:
         refuse(f"one of the roles {', '.join(roles)}", role)
@@ -1075,10 +1075,10 @@ class InstructionDataset(ResumableBatches):
 
     A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
     seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
-    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows
+    batch, rounded, are ``others`` (stories, say). ``batch_size`` counts the rows
     of all ranks, of which this one gets every ``world_size``-th, from ``rank`` on.
     ``dataset[step]`` is the batch of any step. Examples that do not fit, or of which nothing is
-    learned, raise a ``ValueError``.
+    learned, raise a ``ValueError``, and so does a share of ``others`` without any.
     """
 
     examples: Sequence[Example]
@@ -1105,9 +1105,10 @@ class InstructionDataset(ResumableBatches):
             if not isinstance(getattr(self, name), bool):
                 got = f"{getattr(self, name)!r:.60}"
                 raise ValueError(f"{name}: expected True or False, got {got}")
-        self._n_others = round(self.share * self.batch_size) if self.others else 0
-        wanted = bool(self.share) and bool(self.others)
-        if bool(self._n_others) != wanted or self._n_others == self.batch_size:
+        if self.share and not self.others:
+            raise ValueError(f"others: expected some, for a share of {self.share}, got none")
+        self._n_others = round(self.share * self.batch_size)
+        if bool(self._n_others) != bool(self.share) or self._n_others == self.batch_size:
             expected = f"a share that leaves rows of both kinds among {self.batch_size}"
             raise ValueError(f"share: expected {expected}, got {self.share}")
         self._rows = self._arranged("examples", self.examples, True)
@@ -1246,6 +1247,9 @@ def masked_mean(
 
     What is masked does not count even if it is infinite or NaN, and its gradient is 0.
     """
+    if mask.shape != values.shape:
+        expected = f"the shape of values, {tuple(values.shape)}"
+        raise ValueError(f"mask: expected {expected}, got {tuple(mask.shape)}")
     if dim is not None:
         check_whole("dim", dim, -values.ndim, values.ndim - 1)
     kept = values.where(mask, 0.0)
@@ -2491,7 +2495,10 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
         check_choice("format", format, tuple(_FIELDS))
     try:
         text = decode_text(path.read_bytes()).removeprefix("\ufeff")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        got = f"{str(path)!r}: {error.strerror}"
+        raise ValueError(f"path: expected a file that can be read, got {got}") from error
+    except ValueError as error:
         raise ValueError(f"path: expected a file in UTF-8, got {str(path)!r}: {error}") from error
     conversations = []
     for where, record in _records(text, str(path)):
@@ -2502,7 +2509,8 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
             if messages[-1].role != "assistant":
                 raise ValueError(f"expected a reply at the end, got {messages[-1].role!r}")
         except ValueError as error:
-            raise ValueError(f"path: {error} ({where})") from None
+            what = str(error).removeprefix("messages: ")
+            raise ValueError(f"path: {what} ({where})") from None
         conversations.append(messages)
     if not conversations:
         raise ValueError(f"path: expected at least one conversation, got none in {str(path)!r}")
@@ -2521,10 +2529,12 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
         except ValueError as error:  # what is nested too deeply is a RecursionError, and stays one
             at = line + getattr(error, "lineno", 1) - 1
             message = str(error).partition(": line")[0]
-            expected = f"path: expected JSON, got an error: {message} ({name}, line {at})"
-            raise ValueError(expected) from None
+            expected = "JSON" if is_array else "a record in JSON on each line, or one array of them"
+            got = f"an error: {message} ({name}, line {at})"
+            raise ValueError(f"path: expected {expected}, got {got}") from None
 
-    if not text.lstrip().startswith("["):
+    is_array = text.lstrip().startswith("[")
+    if not is_array:
         for number, row in enumerate(text.split("\n"), 1):
             if row.strip():
                 yield f"{name}, line {number}", parsed(row, number)

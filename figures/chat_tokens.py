@@ -38,7 +38,7 @@ def draw_chat_tokens() -> None:
         ax,
         350,
         182,
-        "the end token belongs to it: whoever does not learn it never stops",
+        "the end token belongs to it: a model that does not learn it hardly ever stops",
         size=SMALL,
         color=GREEN,
         align="left",

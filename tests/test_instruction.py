@@ -432,7 +432,9 @@ def test_others_take_their_share_of_each_batch():
     for share in (0.01, 0.99, 1.0, -0.5):
         with pytest.raises(ValueError, match=r"^share: expected"):
             InstructionDataset(numbered(12), 8, 8, 999, others=numbered(9), share=share)
-    alone = InstructionDataset(numbered(12), 8, 8, 999, share=0.25)
+    with pytest.raises(ValueError, match=r"^others: expected some, for a share of 0.25, got none"):
+        InstructionDataset(numbered(12), 8, 8, 999, share=0.25)
+    alone = InstructionDataset(numbered(12), 8, 8, 999, others=numbered(9, 100))
     assert torch.equal(alone[0].inputs, InstructionDataset(numbered(12), 8, 8, 999)[0].inputs)
 
 
@@ -503,6 +505,9 @@ def test_masked_mean_by_hand():
     assert masked_mean(values, torch.zeros(2, 3, dtype=torch.bool)).isnan()
     (gradient,) = torch.autograd.grad(masked_mean(values, mask), values)
     torch.testing.assert_close(gradient, mask / 3.0)
+    for other in (mask[:1], mask[:, :1], mask[0], mask.T, mask[None]):
+        with pytest.raises(ValueError, match="^mask: expected"):
+            masked_mean(values, other)
 
 
 def test_losses_are_those_of_torch_and_of_transformers():

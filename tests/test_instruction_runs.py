@@ -383,7 +383,7 @@ def turns(*said: tuple[str, object]) -> str:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{", "expected JSON, got an error: Expecting property name"),
+        ("{", ", got an error: Expecting property name"),
         ("3", "expected a record with 'messages'"),
         ('{"instruction": "a", "output": "b"}', "expected a record with 'messages'"),
         ('{"messages": []}', "expected a list of turns as 'messages', got []"),
@@ -406,8 +406,8 @@ def test_errors_say_where(tmp_path, record, message, lines):
     path.write_text(f"{GOOD}\n\n{record}\n" if lines else array, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         read_conversations(path)
-    assert str(caught.value).startswith("path: ") and message in str(caught.value)
-    in_array = "record 2, line 3" if "JSON" not in message else "line 3"
+    assert str(caught.value).startswith("path: expected ") and message in str(caught.value)
+    in_array = "line 3" if "an error" in message else "record 2, line 3"
     assert str(path) in str(caught.value)
     assert ("line 3" if lines else in_array) in str(caught.value)
 
@@ -436,12 +436,13 @@ def test_files_that_cannot_be(tmp_path):
         (b"[]", "at least one conversation"),
         (b"\xff", "a file in UTF-8"),
         (b'{"text": "a"}', "one of the fields instruction, conversations, messages"),
-        (b"[1, ]", "expected JSON"),
+        (b"[1, ]", "JSON"),
+        (b'{\n "instruction": "a",\n "output": "b"\n}', "on each line, or one array"),
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^path: expected .*{message.split()[-1]}"):
+        with pytest.raises(ValueError, match=f"^path: expected .*{message}"):
             read_conversations(path)
-    with pytest.raises(ValueError, match=r"^path: expected a file"):
+    with pytest.raises(ValueError, match=r"^path: .* can be read, got '.*': No such file"):
         read_conversations(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match=r"^format: expected"):
         read_conversations(path, "csv")
