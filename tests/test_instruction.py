@@ -506,7 +506,7 @@ def test_masked_mean_by_hand():
     (gradient,) = torch.autograd.grad(masked_mean(values, mask), values)
     torch.testing.assert_close(gradient, mask / 3.0)
     for other in (mask[:1], mask[:, :1], mask[0], mask.T, mask[None]):
-        with pytest.raises(ValueError, match="^mask: expected"):
+        with pytest.raises(ValueError, match=r"^mask: expected"):
             masked_mean(values, other)
 
 
