@@ -194,8 +194,6 @@ class Message(NamedTuple):
     calls: tuple[str, ...] = ()  # each the text of a call, such as JSON or "37+45"
 
 
-# %%
-#| export
 class Turn(NamedTuple):
     """What stands around a message of some role: before it, what ends it, what follows the end."""
 
@@ -714,8 +712,8 @@ def refusal(messages: Sequence[Message], **options: Any) -> str:
 # %% [markdown]
 # In the first line the assistant thinks and calls a tool. The other lines are the ends of two
 # prompts. A reply to the second one is kept as `Message("assistant", reply, "")`, with an empty
-# thought, or else the promise is broken at the next turn. What a tool returns is a turn of its own, which the model reads and is not trained to
-# write. Chapter 24 uses both the switch and the calls.
+# thought, or else the promise is broken at the next turn. What a tool returns is a turn of its own,
+# which the model reads and is not trained to write. Chapter 24 uses both the switch and the calls.
 #
 # What makes no sense is refused, with the index of the message that does not fit. Here the
 # assistant speaks first, then it says nothing, and then the system speaks twice:
@@ -817,8 +815,8 @@ print(refusal([Message("user", attack)], prompt=True, control_text="refuse"))
 
 # %% [markdown]
 # `render` returns a string, in which a control token of the template and one written by a user look
-# the same, so `render` always refuses. No encoder can protect Alpaca's headings: they are ordinary text, and anyone can write
-# `### Response:`. This is a good reason to prefer control tokens.
+# the same, so `render` always refuses. No encoder can protect Alpaca's headings: they are ordinary
+# text, and anyone can write `### Response:`. This is a good reason to prefer control tokens.
 #
 # The marks of thoughts and calls are protected only if the template names them among its control
 # tokens and the tokenizer has them. `WORLD_CHAT` does not, so here anyone can write `<think>`;
@@ -1268,10 +1266,9 @@ for name, kept in (("product", values * mask), ("where", values.where(mask, 0.0)
 #
 # In the first, each token weighs the same, so long replies weigh more than short ones. In the
 # second, each row weighs the same, however many replies it holds, and a token of a long row weighs
-# less. In the third, a token
-# weighs $1/C$ whatever else is in the batch, and the size of the gradient grows with the number of
-# tokens. {py:func}`~llmbook.instruction.sft_loss` offers all three as `per`. (SFT, supervised
-# fine-tuning, is another name for instruction tuning.)
+# less. In the third, a token weighs $1/C$ whatever else is in the batch, and the size of the
+# gradient grows with the number of tokens. {py:func}`~llmbook.instruction.sft_loss` offers all
+# three as `per`. (SFT, supervised fine-tuning, is another name for instruction tuning.)
 #
 # The choice matters most where it is made by accident. If a batch does not fit into memory, its
 # gradients are added up over micro-batches ({term}`gradient accumulation`). Sums add up; means do
@@ -1281,11 +1278,12 @@ for name, kept in (("product", values * mask), ("where", values.where(mask, 0.0)
 # ### Engine room: log-probabilities, entropies, and the loss in its three forms
 
 # %% [markdown] tags=["engine"]
-# `masked_mean` leaves out what is masked, whatever it is, and refuses a mask of another shape, which
-# PyTorch would stretch. Chapters 21 to 23 need the log-probability of each token of a reply, and the entropy of each
-# prediction, for losses of their own. `response_log_probs` looks only at logits whose targets
-# count, which saves memory, and keeps NaN elsewhere out of the gradient. At large logits it is more
-# precise to subtract the maximum before the logarithm than after, which `log_softmax` does.
+# `masked_mean` leaves out what is masked, whatever it is, and refuses a mask of another shape,
+# which PyTorch would stretch. Chapters 21 to 23 need the log-probability of each token of a reply,
+# and the entropy of each prediction, for losses of their own. `response_log_probs` looks only at
+# logits whose targets count, which saves memory, and keeps NaN elsewhere out of the gradient. At
+# large logits it is more precise to subtract the maximum before the logarithm than after, which
+# `log_softmax` does.
 
 
 # %% tags=["engine"]
@@ -1420,7 +1418,8 @@ for name, asked_model, sure in (("base", base.model, False), ("tuned", helper.mo
     spread = entropies(logits)[taught]
     assert (chosen[-1] > -0.2 and spread[0] < 0.3) if sure else (chosen[-1] < -10 and spread[0] > 1)
     says = ("above -0.2", "below 0.3") if sure else ("below -10", "above 1")
-    print(f"{name}: end token {says[0]} nats, entropy of the first token {says[1]} nats")
+    print(f"{name}: log-probability of the end token {says[0]},", end=" ")
+    print(f"entropy before the first token {says[1]} (nats)")
 
 
 # %% tags=["engine"]
@@ -1453,9 +1452,9 @@ print("as much in the mean of means, whose gradient is 3 to 8 times as long")
 # The mean of the two means gives each micro-batch the same weight. A token of the short replies
 # counts five times as much as it should, and this factor depends on which rows happened to come
 # together. The trainer of `transformers` had this fault until October 2024, when pull request 34191
-# and its follow-ups made it divide the sum of losses by the count over all micro-batches. The same holds across ranks.
-# Our trainer adds up sums and counts and divides once, so nothing changes when a batch is cut; the
-# folded cell compares the two to five digits.
+# and its follow-ups made it divide the sum of losses by the count over all micro-batches. The same
+# holds across ranks. Our trainer adds up sums and counts and divides once, so nothing changes when
+# a batch is cut; the folded cell compares the two to five digits.
 
 # %% tags=["engine"]
 # The mean over the whole batch, and from the sums and counts of its micro-batches
@@ -1499,6 +1498,13 @@ off = (one_row - gradient_of([[example] for example in examples[:4]])).norm() / 
 assert off < 1e-10, off
 print("gradients of packed and single rows agree to 10 digits")
 
+# %% [markdown]
+# Packing without the mask is simpler, and its effect has to be measured. So we tuned twelve models
+# for 200 steps each: with one example in a row, packed, packed without the mask, and, as promised,
+# with the end token masked (`benchmarks/packing.py`; three seeds, 336 questions each about
+# characters that were not tuned on). A step has 32 single rows or 8 packed ones, which hold about
+# as many examples, and a quarter of the examples are stories.
+
 # %% tags=["engine"]
 # The table of twelve runs
 with (results / "packing.csv").open(encoding="utf-8") as file:
@@ -1524,11 +1530,7 @@ def points_more(case: str, other: str) -> str:
 
 
 # %% [markdown]
-# Packing without the mask is simpler, and its effect has to be measured. So we tuned twelve models
-# for 200 steps each: with one example in a row, packed, packed without the mask, and, as promised,
-# with the end token masked (`benchmarks/packing.py`; three seeds, 336 questions each about
-# characters that were not tuned on). A step has 32 single rows or 8 packed ones, which hold about as many examples,
-# and a quarter of the examples are stories:
+# Right answers have an interval over seeds, and the time is that of one thread:
 
 # %%
 for case in ("rows", "packed", "unmasked", "unended"):
@@ -2056,7 +2058,7 @@ def merged(
 
 def show_parts() -> None:
     """Print what the update of each part does, measured, within the range that is shown."""
-    print("update of       size   right with it alone   right without it (± 15 points)")
+    print("update of       size   right with it alone   right without it (each ± 15 points)")
     for name, (size, alone, rest) in EXPECTED.items():
         found = update_size(base.model, helper.model, PARTS[name])
         one, others = (
@@ -2139,10 +2141,10 @@ show_wordings(before)
 # steps answer this. `python benchmarks/instruction.py` has repeated them with three seeds and
 # written a table, which the following cell reads. (Intervals over so few seeds are wide.) The first
 # control is the same tuning from random weights, without any pretraining. The second is tuning on
-# *false answers*: each answer is that of another character, chosen so that every reply has the right
-# form and a wrong value. The third uses
-# {py:data}`~llmbook.instruction.CHATML` as it is, so that a name at the beginning of a reply falls
-# into other tokens than in a story; it was also run for 100 steps:
+# *false answers*: each answer is that of another character, chosen so that every reply has the
+# right form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, so
+# that a name at the beginning of a reply falls into other tokens than in a story; it was also run
+# for 100 steps:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -2372,8 +2374,8 @@ show_forgetting(n_steps=60)
 
 # %% [markdown]
 # Most of it is lost in one place, the first token of a sentence. In tuning, each sentence was a
-# whole reply, and after it came the end token. So now the model mostly expects the end token after a
-# full stop, and is surprised by a story that goes on. This is what
+# whole reply, and after it came the end token. So now the model mostly expects the end token after
+# a full stop, and is surprised by a story that goes on. This is what
 # **{term}`catastrophic forgetting`** {cite}`mccloskey1989catastrophic` looks like from close up:
 # the facts are still there, and one new habit is in the way everywhere. The cure is to mix some of
 # the old data into the new. With a quarter of stories the model is almost where it was, and one

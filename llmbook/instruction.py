@@ -50,7 +50,7 @@ from .tokenizer import BPETokenizer, check_special_tokens
 from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from .training import TrainingConfig
 
-# %% ../chapters/19_instruction.ipynb #8c0cd768
+# %% ../chapters/19_instruction.ipynb #5ac5c92e
 class Message(NamedTuple):
     """What one side of a conversation says; an assistant may think first, and call tools."""
 
@@ -59,7 +59,7 @@ class Message(NamedTuple):
     thinking: str | None = None  # None: no thought at all; "": one without words
     calls: tuple[str, ...] = ()  # each the text of a call, such as JSON or "37+45"
 
-# %% ../chapters/19_instruction.ipynb #ce759228
+
 class Turn(NamedTuple):
     """What stands around a message of some role: before it, what ends it, what follows the end."""
 
