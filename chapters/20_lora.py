@@ -215,6 +215,13 @@ def _check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value!r:.60}")
 
 
+def _named(given: object) -> str:
+    """Return what an error says of an argument: of a module its class, not all its layers."""
+    if isinstance(given, nn.Module):
+        return f"a module of class {type(given).__name__}"
+    return f"{given!r:.60}"
+
+
 # %% [markdown] tags=["engine"]
 # Trained models differ a little from processor to processor. `about` prints a value with a range,
 # and fails if the value lies outside. `first_right` shows the first reply that is right, up to its
@@ -579,13 +586,13 @@ def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
     if not isinstance(layer, nn.Module):
-        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
+        raise ValueError(f"layer: expected a linear layer, got {_named(layer)}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
     weight = getattr(layer, "weight", None) if dequantize is None else dequantize()
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
+        raise ValueError(f"layer: expected a linear layer, got {_named(layer)}")
     return weight
 
 
@@ -641,11 +648,10 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 # Which layers a configuration targets
 def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that ``config`` targets, or say why they cannot be."""
-    if adapted := [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        raise ValueError(f"model: expected one without adapters, but {adapted[0]} has one")
+    _check_plain(model)
     linear, targets = _linear_layers(model), config.targets
     if not linear:
-        raise ValueError(f"model: expected one with linear layers, got {model!r:.60}")
+        raise ValueError(f"model: expected one with linear layers, got {_named(model)}")
     if targets == "all-linear":
         names = [name for name in linear if name.rpartition(".")[2] != "lm_head"]
     elif isinstance(targets, str):
@@ -665,6 +671,14 @@ def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
 # %% tags=["engine"]
 #| export
 # What a model must have
+def _check_plain(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"model: expected one without adapters, but {name} has one")
+
+
 def _check_found(
     targets: str | tuple[str, ...], names: list[str], linear: Mapping[str, Any], model: nn.Module
 ) -> None:
@@ -676,11 +690,16 @@ def _check_found(
         else:
             hit = bool(names)
         if not hit:
-            found = _submodule(model, target)
-            got = repr(target) + ("" if found is None else f", a {type(found).__name__}")
+            got, found = repr(target), _submodule(model, target)
+            if found is not None:
+                got += f", {_named(found)}"
+            elif any(name.endswith(f".{target}") for name in linear):
+                got += f", a regular expression that matches no whole name: write ({target!r},)"
             raise ValueError(f"targets: expected linear layers, such as {known}, got {got}")
 
 
+# %% tags=["engine"]
+#| export
 def _check_alone(model: nn.Module, name: str) -> None:
     """Refuse a matrix that another module has, too: a change of one would change the other."""
     weight = model.get_submodule(name)._parameters.get("weight")
@@ -697,7 +716,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found:
         raise ValueError(
-            f"model: expected one with adapters, as apply_lora makes, got {model!r:.60}"
+            f"model: expected one with adapters, as apply_lora makes, got {_named(model)}"
         )
     return found
 
@@ -734,6 +753,8 @@ def merge_lora(model: nn.Module) -> dict[str, LoRALinear]:
 #| export
 def unmerge_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Take the adapters that ``merge_lora`` returned out of the matrices, and put them beside."""
+    if not layers:
+        raise ValueError("layers: expected those that were merged into model, got none")
     for name, layer in layers.items():
         if _submodule(model, name) is not layer.base:
             raise ValueError(f"layers: expected those that were merged into model, got {name}")
@@ -782,7 +803,7 @@ def _check_base(base: Any, config: Any) -> None:
     if not isinstance(config, LoRAConfig):
         raise ValueError(f"config: expected a LoRAConfig, got {config!r:.60}")
     if isinstance(base, LoRALinear) or not hasattr(base, "in_features"):
-        raise ValueError(f"base: expected a linear layer without an adapter, got {base!r:.60}")
+        raise ValueError(f"base: expected a linear layer without an adapter, got {_named(base)}")
     _check_rank(config.rank, base)
 
 
@@ -899,8 +920,8 @@ print("unmerged: weights are off by at most 2^-23 of the two sizes")
 # ### Engine room: adapters as data, and the fingerprint of a base
 
 # %% [markdown] tags=["engine"]
-# The fingerprint reads up to 4,096 numbers of each tensor. That is quick even for large models, and
-# tuning changes nearly all numbers of a tensor that it changes. The fingerprint depends on the type
+# The fingerprint reads some four to eight thousand numbers of each larger tensor. That is quick
+# even for large models, and tuning changes nearly all numbers of a tensor that it changes. The fingerprint depends on the type
 # of numbers: the same base in bfloat16, or quantized, counts as another one, and a caller who knows
 # that it fits says `any_base=True`.
 
@@ -971,13 +992,14 @@ def load_adapter_state(model: nn.Module, state: AdapterState, *, any_base: bool 
 
 # %% tags=["engine"]
 #| export
-_SAMPLE = 4096  # numbers of each tensor
+_SAMPLE = 4096  # at least as many numbers of each larger tensor
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits for the weights of a model, adapters left out.
 
-    They depend on names, shapes, types, and of each tensor on up to 4096 numbers, evenly spread.
+    They depend on names, shapes, and types, and on each tensor's numbers: on all of them if there
+    are fewer than 8192, otherwise on 4096 to 6144, evenly spread.
     """
     digest = blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
@@ -1286,7 +1308,7 @@ def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]
 def storage_run(
     rank: int, learning_rate: float, seed: int, *, n_characters: int = 96, n_steps: int = 400
 ) -> StorageRun:
-    """Tune the base on facts that it has never met, and count what it has of them afterwards.
+    """Tune the base on facts that it has never met, and count what it has of them afterward.
 
     The facts are those of a world of other characters. ``rank`` 0 is full tuning.
     """
@@ -1384,9 +1406,12 @@ def rows_update(
     b: Float[Tensor, "adapters n_out rank"],
     rows: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch sequence n_out"]:
-    """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
-    where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
+    """Return what each row's adapter adds: ``x[i]`` times ``b[r] @ a[r]``, ``r = rows[i]``.
+
+    Source: Chen et al., 2024, "Punica". As many numbers as rows, or a ``ValueError``.
     """
+    if len(rows) != len(x):
+        raise ValueError(f"rows: expected a number for each of {len(x)} rows, got {len(rows)}")
     return x @ a.index_select(0, rows).mT @ b.index_select(0, rows).mT
 
 
@@ -1478,9 +1503,8 @@ class AdapterBank:
 
     def __init__(self, model: TransformerLM):
         if not isinstance(model, TransformerLM):
-            raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
-        if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
-            raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+            raise ValueError(f"model: expected a TransformerLM, got {_named(model)}")
+        _check_plain(model)
         same = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.base, self.names = model, list[str]()
         self._fingerprint, self._rows = base_fingerprint(model), _Rows()
@@ -1547,9 +1571,10 @@ class AdapterBank(AdapterBank):  # continued
         **options: Any,
     ) -> list[Completion]:
         """Return completions as chapter 14's ``generate`` does, each row with its own adapter."""
-        if options.get("on_full") == "slide" or options.get("use_cache") is False:
-            expected = "a cache, and rows that do not slide over the end of the context"
-            raise ValueError(f"options: expected {expected}, got {options!r:.80}")
+        for option, bad in (("on_full", "slide"), ("use_cache", False)):
+            if options.get(option) == bad:
+                expected = "a cache, and rows that do not slide over the end of the context"
+                raise ValueError(f"options: expected {expected}, got {option}={bad!r}")
         numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
         texts: list[Any] = [
             tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts
@@ -1876,7 +1901,7 @@ class NF4Linear(nn.Module):
     def of(cls, linear: nn.Linear, *, levels: Float[Tensor, " 16"] | None = None) -> "NF4Linear":
         """Return the layer with the weights of ``linear``, rounded."""
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"linear: expected a Linear layer, got {linear!r:.60}")
+            raise ValueError(f"linear: expected a Linear layer, got {_named(linear)}")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(quantize_nf4(linear.weight, levels=levels), bias)
 
@@ -1945,7 +1970,8 @@ def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
 
     With ``requantize`` the sum is rounded again to the base's kind, which loses a part of the
     update; without, the layers become Linear ones. Returns for each layer the error of the merged
-    matrix relative to the update: the root of the sum of squares of each.
+    matrix relative to the update: the root of the sum of squares of each. An adapter that was never
+    trained has no update; the error is then infinity if the matrix changes, and 0 if it does not.
     """
     if not isinstance(requantize, bool):
         raise ValueError(f"requantize: expected True or False, got {requantize!r:.60}")
@@ -1964,15 +1990,15 @@ def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
             new = NF4Linear.of(linear, levels=layer.base.levels)
         elif requantize and isinstance(layer.base, QuantizedLinear):
             new = QuantizedLinear.of(linear)
-        error = (dense_weight(new) - dense).norm() / update.norm().clamp(min=1e-30)
-        errors[name] = float(error)
+        error, size = float((dense_weight(new) - dense).norm()), float(update.norm())
+        errors[name] = error / size if size else (math.inf if error else 0.0)
         _replace(model, name, new)
     return errors
 
 
 # %% tags=["engine"]
 #| export
-# What weights, levels and models must be
+# What weights and levels must be
 def _check_floats(weight: object) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise ValueError(f"weight: expected a matrix of floats, got {weight!r:.60}")
@@ -1989,13 +2015,6 @@ def _checked_levels(levels: Any) -> Tensor:
     if levels[0] != -1 or levels[-1] != 1 or not (levels[1:] > levels[:-1]).all():
         raise ValueError(f"levels: expected to rise from -1 to 1, got {levels.tolist()!r:.60}")
     return levels
-
-
-def _check_plain(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
-    if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
-        raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
 
 
 def _shares(model: nn.Module, layer: nn.Module) -> bool:
@@ -2177,7 +2196,7 @@ def peft_names(model: TransformerLM) -> dict[str, str]:
     In GPT-2 three of ours have one name, as one matrix there makes queries, keys and values.
     """
     if not isinstance(model, TransformerLM):
-        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+        raise ValueError(f"model: expected a TransformerLM, got {_named(model)}")
     family = model_type(model.config)
     names = [name.removesuffix(".base") for name in _linear_layers(model)]  # of adapted layers
     if family != "llmbook":
@@ -2358,8 +2377,11 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     if "peft_type" not in entries:
         raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
     targets = entries["target_modules"]
-    if not isinstance(targets, str | list):
-        raise ValueError(f"{path}: target_modules: expected a text or a list, got {targets!r:.60}")
+    if not targets or not isinstance(targets, str | list):
+        expected = "a text, or a list of texts"
+        raise ValueError(f"{path}: target_modules: expected {expected}, got {targets!r:.60}")
+    if not isinstance(rslora := entries.get("use_rslora", False), bool):
+        raise ValueError(f"{path}: use_rslora: expected true or false, got {rslora!r:.60}")
     try:
         check_whole("r", entries["r"], 1)
         _check_positive("lora_alpha", entries.get("lora_alpha", 8))
@@ -2371,12 +2393,13 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
         "alpha": float(entries.get("lora_alpha", 8)),  # as PEFT has it
         "dropout": float(entries.get("lora_dropout", 0.0)),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
-        "rslora": bool(entries.get("use_rslora", False)),
+        "rslora": rslora,
     }
     try:
         return LoRAConfig(**given), entries
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        words = str(error).replace("targets:", "target_modules:", 1)
+        raise ValueError(f"{path}: {words}") from None
 
 
 # %% tags=["engine"]
