@@ -228,7 +228,7 @@ def test_merged_and_unmerged_weights_come_back_within_the_bound():
         assert ((layer.base.weight - before).abs() <= bound).all()
     with pytest.raises(ValueError, match="layers: expected those that were merged into model"):
         lora.unmerge_lora(model(), layers)
-    with pytest.raises(ValueError, match="layers: expected those .*, got none"):
+    with pytest.raises(ValueError, match=r"layers: expected those .*, got none"):
         lora.unmerge_lora(model(), {})
 
 
