@@ -307,6 +307,8 @@ def first_step(rank: int, rslora: bool, rule: type[torch.optim.Optimizer], rate:
         x, y = (torch.randn(64, 128, generator=generator).double() for _ in range(2))
         config = LoRAConfig(rank=rank, rslora=rslora)
         linear = nn.Linear(128, 128).requires_grad_(False)
+        nn.init.normal_(linear.weight, std=128**-0.5, generator=generator)
+        nn.init.zeros_(linear.bias)
         layer = LoRALinear(linear, config, generator=generator).double()
         optimizer = rule([layer.lora_a, layer.lora_b], lr=rate)
         before = ((layer(x) - y) ** 2).sum()
@@ -2115,7 +2117,8 @@ def show_runs(name: str) -> None:
             f"{kind:8} {bits[0]:7.1%}    {cells[0]:22} {cells[1]:24} {sum(error) / len(error):4.0%}"
         )
     difference = mean_interval(np.subtract(right["nf4"], right["float32"]))
-    print(f"NF4 against floats, seed by seed: {difference}")
+    low, high = (f"{100 * end:+.0f}" for end in (difference.low, difference.high))
+    print(f"NF4 against floats, seed by seed: {low} to {high} percentage points")
 
 
 # %% [markdown]
