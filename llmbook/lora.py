@@ -1165,7 +1165,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 
-# %% ../chapters/20_lora.ipynb #901c677a
+# %% ../chapters/20_lora.ipynb #653bec18
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     """Return the configuration in a file, and all its entries."""
     try:
@@ -1177,9 +1177,9 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     if not isinstance(entries, dict) or "r" not in entries or "target_modules" not in entries:
         raise ValueError(f"{path}: expected an object with r and target_modules")
     for name, value in entries.items():
-        expected = _ALLOWED.get(name, _OFF)
-        if name not in _FREE and not any(value is e or value == e for e in expected):
-            wanted = " or ".join(map(repr, expected[:2])) if name in _ALLOWED else "it switched off"
+        allowed = _ALLOWED.get(name, _OFF)
+        if name not in _FREE and not any(value is e or value == e for e in allowed):
+            wanted = " or ".join(map(repr, allowed[:2])) if name in _ALLOWED else "it switched off"
             raise ValueError(f"{path}: {name}: expected {wanted}, got {value!r:.60}")
     if "peft_type" not in entries:
         raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")

@@ -95,7 +95,7 @@ def test_each_row_gets_its_own_update():
     plain = inspect.unwrap(rows_update)  # as users call it: the tests check shapes by a hook
     # One number, or one row of x, would be broadcast
     for some, wrong in ((x, rows[:1]), (x, rows.repeat(2)), (x[:1], rows)):
-        with pytest.raises(ValueError, match="rows: expected a number for each of [13] rows, got"):
+        with pytest.raises(ValueError, match=r"rows: expected a number for each of [13] rows, got"):
             plain(some, a, b, wrong)
 
 
