@@ -24,6 +24,7 @@ RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 RANKS = (0, 1, 2, 4, 8, 16)
 # As many parameters as all linear layers of rank 8 have, or nearly
 PARTS = (("attention", 17), ("feed-forward", 15))
+PART_RATES = (0.003, 0.01, 0.03, 0.06, 0.1)
 SEEDS = (0, 1, 2)
 
 
@@ -31,9 +32,9 @@ def tuning_cells() -> list[tuple[str, int, float, int]]:
     """Return targets, rank, rate and seed of each run, those of the first seed first."""
     cells = []
     for seed in SEEDS:
-        rates = RATES[2:5] if seed else RATES
+        rates = RATES if seed < 2 else RATES[2:5]  # the outer rates with two seeds
         cells += [("all-linear", rank, rate, seed) for rate in rates for rank in RANKS]
-        cells += [(*part, rate, seed) for rate in (0.003, 0.01, 0.03) for part in PARTS]
+        cells += [(*part, rate, seed) for rate in PART_RATES for part in PARTS]
     return cells
 
 

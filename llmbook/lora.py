@@ -102,12 +102,19 @@ def replies_right(model: TransformerLM) -> float:
     pairs = zip(asked, replies, strict=True)
     return sum(judge_reply(world, q, str(reply.text)).right for q, reply in pairs) / len(asked)
 
-# %% ../chapters/20_lora.ipynb #63a4c68e
+# %% ../chapters/20_lora.ipynb #753ca46e
 # What several functions check
 def _check_positive(name: str, value: object) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r:.60}")
+
+
+def _named(given: object) -> str:
+    """Return what an error says of an argument: of a module its class, not all its layers."""
+    if isinstance(given, nn.Module):
+        return f"a module of class {type(given).__name__}"
+    return f"{given!r:.60}"
 
 # %% ../chapters/20_lora.ipynb #61ff9a0b
 @dataclass(frozen=True, kw_only=True)
@@ -196,20 +203,20 @@ class LoRALinear(nn.Module):
         """Return what PyTorch prints of the layer."""
         return f"rank={self.config.rank}, scale={self.config.scale:g}"
 
-# %% ../chapters/20_lora.ipynb #b66b54f8
+# %% ../chapters/20_lora.ipynb #706cdf3f
 def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """Return the matrix that a linear layer multiplies by, as floats.
 
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
     if not isinstance(layer, nn.Module):
-        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
+        raise ValueError(f"layer: expected a linear layer, got {_named(layer)}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
     weight = getattr(layer, "weight", None) if dequantize is None else dequantize()
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
+        raise ValueError(f"layer: expected a linear layer, got {_named(layer)}")
     return weight
 
 # %% ../chapters/20_lora.ipynb #d15a6446
@@ -255,15 +262,14 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if name and hasattr(module, "in_features") and hasattr(module, "out_features")
     }
 
-# %% ../chapters/20_lora.ipynb #8b9924b7
+# %% ../chapters/20_lora.ipynb #0997106f
 # Which layers a configuration targets
 def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that ``config`` targets, or say why they cannot be."""
-    if adapted := [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        raise ValueError(f"model: expected one without adapters, but {adapted[0]} has one")
+    _check_plain(model)
     linear, targets = _linear_layers(model), config.targets
     if not linear:
-        raise ValueError(f"model: expected one with linear layers, got {model!r:.60}")
+        raise ValueError(f"model: expected one with linear layers, got {_named(model)}")
     if targets == "all-linear":
         names = [name for name in linear if name.rpartition(".")[2] != "lm_head"]
     elif isinstance(targets, str):
@@ -279,8 +285,16 @@ def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
         _check_rank(config.rank, linear[name], name)
     return names
 
-# %% ../chapters/20_lora.ipynb #8f937f57
+# %% ../chapters/20_lora.ipynb #df92ead6
 # What a model must have
+def _check_plain(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"model: expected one without adapters, but {name} has one")
+
+
 def _check_found(
     targets: str | tuple[str, ...], names: list[str], linear: Mapping[str, Any], model: nn.Module
 ) -> None:
@@ -292,11 +306,14 @@ def _check_found(
         else:
             hit = bool(names)
         if not hit:
-            found = _submodule(model, target)
-            got = repr(target) + ("" if found is None else f", a {type(found).__name__}")
+            got, found = repr(target), _submodule(model, target)
+            if found is not None:
+                got += f", {_named(found)}"
+            elif any(name.endswith(f".{target}") for name in linear):
+                got += f", a regular expression that matches no whole name: write ({target!r},)"
             raise ValueError(f"targets: expected linear layers, such as {known}, got {got}")
 
-
+# %% ../chapters/20_lora.ipynb #5b72f375
 def _check_alone(model: nn.Module, name: str) -> None:
     """Refuse a matrix that another module has, too: a change of one would change the other."""
     weight = model.get_submodule(name)._parameters.get("weight")
@@ -305,13 +322,13 @@ def _check_alone(model: nn.Module, name: str) -> None:
             expected = "layers with a matrix of their own"
             raise ValueError(f"targets: expected {expected}, but {name} shares its with {other}")
 
-# %% ../chapters/20_lora.ipynb #d4810dde
+# %% ../chapters/20_lora.ipynb #abb68aed
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the adapted layers of a model by name; a ``ValueError`` if there are none."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found:
         raise ValueError(
-            f"model: expected one with adapters, as apply_lora makes, got {model!r:.60}"
+            f"model: expected one with adapters, as apply_lora makes, got {_named(model)}"
         )
     return found
 
@@ -339,9 +356,11 @@ def merge_lora(model: nn.Module) -> dict[str, LoRALinear]:
         _replace(model, name, layer.base)
     return layers
 
-# %% ../chapters/20_lora.ipynb #9e343d05
+# %% ../chapters/20_lora.ipynb #2cb9ef21
 def unmerge_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     """Take the adapters that ``merge_lora`` returned out of the matrices, and put them beside."""
+    if not layers:
+        raise ValueError("layers: expected those that were merged into model, got none")
     for name, layer in layers.items():
         if _submodule(model, name) is not layer.base:
             raise ValueError(f"layers: expected those that were merged into model, got {name}")
@@ -364,7 +383,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
 
-# %% ../chapters/20_lora.ipynb #d0a2d91a
+# %% ../chapters/20_lora.ipynb #0d5cae03
 # What a configuration and a layer must be
 def _check_targets(targets: object) -> None:
     texts = isinstance(targets, str) or (
@@ -386,7 +405,7 @@ def _check_base(base: Any, config: Any) -> None:
     if not isinstance(config, LoRAConfig):
         raise ValueError(f"config: expected a LoRAConfig, got {config!r:.60}")
     if isinstance(base, LoRALinear) or not hasattr(base, "in_features"):
-        raise ValueError(f"base: expected a linear layer without an adapter, got {base!r:.60}")
+        raise ValueError(f"base: expected a linear layer without an adapter, got {_named(base)}")
     _check_rank(config.rank, base)
 
 
@@ -452,14 +471,15 @@ def load_adapter_state(model: nn.Module, state: AdapterState, *, any_base: bool 
             layer.lora_a.copy_(state.tensors[f"{name}.lora_a"])
             layer.lora_b.copy_(state.tensors[f"{name}.lora_b"])
 
-# %% ../chapters/20_lora.ipynb #1040cb7b
-_SAMPLE = 4096  # numbers of each tensor
+# %% ../chapters/20_lora.ipynb #f6681f62
+_SAMPLE = 4096  # at least as many numbers of each larger tensor
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits for the weights of a model, adapters left out.
 
-    They depend on names, shapes, types, and of each tensor on up to 4096 numbers, evenly spread.
+    They depend on names, shapes, and types, and on each tensor's numbers: on all of them if there
+    are fewer than 8192, otherwise on 4096 to 6144, evenly spread.
     """
     digest = blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
@@ -590,11 +610,11 @@ def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]
             right += int(log_q.argmax()) == at
     return bits, right
 
-# %% ../chapters/20_lora.ipynb #f705d2f5
+# %% ../chapters/20_lora.ipynb #43b64594
 def storage_run(
     rank: int, learning_rate: float, seed: int, *, n_characters: int = 96, n_steps: int = 400
 ) -> StorageRun:
-    """Tune the base on facts that it has never met, and count what it has of them afterwards.
+    """Tune the base on facts that it has never met, and count what it has of them afterward.
 
     The facts are those of a world of other characters. ``rank`` 0 is full tuning.
     """
@@ -614,16 +634,19 @@ def storage_run(
     place = (n_steps, rank, learning_rate, seed)
     return StorageRun(*place, n_trained, len(facts), whole, right, stored)
 
-# %% ../chapters/20_lora.ipynb #d2c10587
+# %% ../chapters/20_lora.ipynb #4ae8e550
 def rows_update(
     x: Float[Tensor, "batch sequence n_in"],
     a: Float[Tensor, "adapters rank n_in"],
     b: Float[Tensor, "adapters n_out rank"],
     rows: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch sequence n_out"]:
-    """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
-    where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
+    """Return what each row's adapter adds: ``x[i]`` times ``b[r] @ a[r]``, ``r = rows[i]``.
+
+    Source: Chen et al., 2024, "Punica". As many numbers as rows, or a ``ValueError``.
     """
+    if len(rows) != len(x):
+        raise ValueError(f"rows: expected a number for each of {len(x)} rows, got {len(rows)}")
     return x @ a.index_select(0, rows).mT @ b.index_select(0, rows).mT
 
 # %% ../chapters/20_lora.ipynb #1aa78449
@@ -678,7 +701,7 @@ class BankLinear(nn.Module):
         rank = 1 if not len(used) else int(used.max()) + 1
         self.a, self.b = a[:, :rank].contiguous(), b[:, :, :rank].contiguous()
 
-# %% ../chapters/20_lora.ipynb #7852e21b
+# %% ../chapters/20_lora.ipynb #945496f0
 class AdapterBank:
     """Several adapters over one base, and batches in which each row has its own.
 
@@ -687,9 +710,8 @@ class AdapterBank:
 
     def __init__(self, model: TransformerLM):
         if not isinstance(model, TransformerLM):
-            raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
-        if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
-            raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+            raise ValueError(f"model: expected a TransformerLM, got {_named(model)}")
+        _check_plain(model)
         same = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.base, self.names = model, list[str]()
         self._fingerprint, self._rows = base_fingerprint(model), _Rows()
@@ -744,9 +766,10 @@ class AdapterBank:
         **options: Any,
     ) -> list[Completion]:
         """Return completions as chapter 14's ``generate`` does, each row with its own adapter."""
-        if options.get("on_full") == "slide" or options.get("use_cache") is False:
-            expected = "a cache, and rows that do not slide over the end of the context"
-            raise ValueError(f"options: expected {expected}, got {options!r:.80}")
+        for option, bad in (("on_full", "slide"), ("use_cache", False)):
+            if options.get(option) == bad:
+                expected = "a cache, and rows that do not slide over the end of the context"
+                raise ValueError(f"options: expected {expected}, got {option}={bad!r}")
         numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
         texts: list[Any] = [
             tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts
@@ -863,7 +886,7 @@ def quantize_nf4(
     packed = codes[:, 0] << 4 | codes[:, 1]
     return NF4Weight(packed, small, steps, mean, levels, (weight.size(0), weight.size(1)))
 
-# %% ../chapters/20_lora.ipynb #cecf2250
+# %% ../chapters/20_lora.ipynb #0d5f0fe6
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weights are stored in four bits, and multiplied as floats.
 
@@ -893,7 +916,7 @@ class NF4Linear(nn.Module):
     def of(cls, linear: nn.Linear, *, levels: Float[Tensor, " 16"] | None = None) -> "NF4Linear":
         """Return the layer with the weights of ``linear``, rounded."""
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"linear: expected a Linear layer, got {linear!r:.60}")
+            raise ValueError(f"linear: expected a Linear layer, got {_named(linear)}")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(quantize_nf4(linear.weight, levels=levels), bias)
 
@@ -944,13 +967,14 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.
             _replace(made, name, new)
     return made
 
-# %% ../chapters/20_lora.ipynb #8eb8cb40
+# %% ../chapters/20_lora.ipynb #2b08ec76
 def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
     """Add each adapter to the matrix of its quantized base: dequantized, added to, and kept so.
 
     With ``requantize`` the sum is rounded again to the base's kind, which loses a part of the
     update; without, the layers become Linear ones. Returns for each layer the error of the merged
-    matrix relative to the update: the root of the sum of squares of each.
+    matrix relative to the update: the root of the sum of squares of each. An adapter that was never
+    trained has no update; the error is then infinity if the matrix changes, and 0 if it does not.
     """
     if not isinstance(requantize, bool):
         raise ValueError(f"requantize: expected True or False, got {requantize!r:.60}")
@@ -969,13 +993,13 @@ def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
             new = NF4Linear.of(linear, levels=layer.base.levels)
         elif requantize and isinstance(layer.base, QuantizedLinear):
             new = QuantizedLinear.of(linear)
-        error = (dense_weight(new) - dense).norm() / update.norm().clamp(min=1e-30)
-        errors[name] = float(error)
+        error, size = float((dense_weight(new) - dense).norm()), float(update.norm())
+        errors[name] = error / size if size else (math.inf if error else 0.0)
         _replace(model, name, new)
     return errors
 
-# %% ../chapters/20_lora.ipynb #862bcecf
-# What weights, levels and models must be
+# %% ../chapters/20_lora.ipynb #1f8421af
+# What weights and levels must be
 def _check_floats(weight: object) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise ValueError(f"weight: expected a matrix of floats, got {weight!r:.60}")
@@ -994,13 +1018,6 @@ def _checked_levels(levels: Any) -> Tensor:
     return levels
 
 
-def _check_plain(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
-    if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
-        raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
-
-
 def _shares(model: nn.Module, layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     return sum(module._parameters.get("weight") is weight for module in model.modules()) > 1
@@ -1016,14 +1033,14 @@ _GPT2_PARTS = {
     "feed_forward.down_proj": "mlp.c_proj",
 }
 
-# %% ../chapters/20_lora.ipynb #df81d192
+# %% ../chapters/20_lora.ipynb #8d91e323
 def peft_names(model: TransformerLM) -> dict[str, str]:
     """Return what the linear layers of ``model`` are called in Hugging Face's class for it.
 
     In GPT-2 three of ours have one name, as one matrix there makes queries, keys and values.
     """
     if not isinstance(model, TransformerLM):
-        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+        raise ValueError(f"model: expected a TransformerLM, got {_named(model)}")
     family = model_type(model.config)
     names = [name.removesuffix(".base") for name in _linear_layers(model)]  # of adapted layers
     if family != "llmbook":
@@ -1148,7 +1165,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 
-# %% ../chapters/20_lora.ipynb #901c9720
+# %% ../chapters/20_lora.ipynb #653bec18
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     """Return the configuration in a file, and all its entries."""
     try:
@@ -1160,15 +1177,18 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     if not isinstance(entries, dict) or "r" not in entries or "target_modules" not in entries:
         raise ValueError(f"{path}: expected an object with r and target_modules")
     for name, value in entries.items():
-        expected = _ALLOWED.get(name, _OFF)
-        if name not in _FREE and not any(value is e or value == e for e in expected):
-            wanted = " or ".join(map(repr, expected[:2])) if name in _ALLOWED else "it switched off"
+        allowed = _ALLOWED.get(name, _OFF)
+        if name not in _FREE and not any(value is e or value == e for e in allowed):
+            wanted = " or ".join(map(repr, allowed[:2])) if name in _ALLOWED else "it switched off"
             raise ValueError(f"{path}: {name}: expected {wanted}, got {value!r:.60}")
     if "peft_type" not in entries:
         raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
     targets = entries["target_modules"]
-    if not isinstance(targets, str | list):
-        raise ValueError(f"{path}: target_modules: expected a text or a list, got {targets!r:.60}")
+    if not targets or not isinstance(targets, str | list):
+        expected = "a text, or a list of texts"
+        raise ValueError(f"{path}: target_modules: expected {expected}, got {targets!r:.60}")
+    if not isinstance(rslora := entries.get("use_rslora", False), bool):
+        raise ValueError(f"{path}: use_rslora: expected true or false, got {rslora!r:.60}")
     try:
         check_whole("r", entries["r"], 1)
         _check_positive("lora_alpha", entries.get("lora_alpha", 8))
@@ -1180,12 +1200,13 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
         "alpha": float(entries.get("lora_alpha", 8)),  # as PEFT has it
         "dropout": float(entries.get("lora_dropout", 0.0)),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
-        "rslora": bool(entries.get("use_rslora", False)),
+        "rslora": rslora,
     }
     try:
         return LoRAConfig(**given), entries
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        words = str(error).replace("targets:", "target_modules:", 1)
+        raise ValueError(f"{path}: {words}") from None
 
 # %% ../chapters/20_lora.ipynb #8e3d1dfb
 def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:

@@ -129,8 +129,10 @@ def test_all_linear_is_the_default_and_leaves_the_head_alone():
     [
         ({"targets": ("query",)}, "targets: expected linear layers, such as q_proj, k_proj"),
         ({"targets": ("q_proj", "query")}, "got 'query'"),
-        ({"targets": ("embedding",)}, "got 'embedding', a Embedding"),
-        ({"targets": "q_proj"}, "got 'q_proj'"),  # a regular expression has to match it all
+        ({"targets": ("embedding",)}, "got 'embedding', a module of class Embedding$"),
+        ({"targets": ("blocks.0",)}, "got 'blocks.0', a module of class "),
+        ({"targets": "q_proj"}, r"matches no whole name: write \('q_proj',\)$"),
+        ({"targets": "query"}, "got 'query'$"),
         ({"targets": "("}, "targets: '\\(' is no regular expression"),
         ({"targets": ()}, "targets: expected names of layers"),
         ({"rank": 17}, "rank: expected at most 16, as blocks.0.attention.q_proj is 16 by 16, got"),
@@ -162,8 +164,9 @@ def test_a_second_adapter_is_refused():
 
 def test_a_model_without_adapters_is_refused():
     for function in (merge_lora, lora.lora_parameters, lora.adapter_state):
-        with pytest.raises(ValueError, match="model: expected one with adapters"):
+        with pytest.raises(ValueError, match="model: expected one with adapters") as caught:
             function(model())
+        assert str(caught.value).endswith(", got a module of class TransformerLM")
 
 
 # The layer
@@ -225,6 +228,8 @@ def test_merged_and_unmerged_weights_come_back_within_the_bound():
         assert ((layer.base.weight - before).abs() <= bound).all()
     with pytest.raises(ValueError, match="layers: expected those that were merged into model"):
         lora.unmerge_lora(model(), layers)
+    with pytest.raises(ValueError, match=r"layers: expected those .*, got none"):
+        lora.unmerge_lora(model(), {})
 
 
 def test_merged_has_the_plain_step_of_generate_and_the_same_tokens():

@@ -1,5 +1,6 @@
 """Chapter 20, second half: adapters in one batch, quantized bases, and files that PEFT opens."""
 
+import inspect
 import json
 import logging
 import math
@@ -91,6 +92,11 @@ def test_each_row_gets_its_own_update():
     a, b = torch.randn(2, 4, 5).double(), torch.randn(2, 6, 4).double()
     expected = torch.stack([x[i] @ (b[r] @ a[r]).T for i, r in enumerate(rows)])
     assert torch.allclose(rows_update(x, a, b, rows), expected)
+    plain = inspect.unwrap(rows_update)  # as users call it: the tests check shapes by a hook
+    # One number, or one row of x, would be broadcast
+    for some, wrong in ((x, rows[:1]), (x, rows.repeat(2)), (x[:1], rows)):
+        with pytest.raises(ValueError, match=r"rows: expected a number for each of [13] rows, got"):
+            plain(some, a, b, wrong)
 
 
 def filled_bank() -> tuple[AdapterBank, dict[str | None, TransformerLM]]:
@@ -157,15 +163,21 @@ def test_what_a_bank_refuses():
     bank, models = filled_bank()
     state = adapter_state(models["a"])
     for call, words in [
-        (lambda: AdapterBank(models["a"]), "model: expected one without adapters"),
+        (lambda: AdapterBank(models["a"]), "without adapters, but blocks.0.attention.q_proj has"),
         (lambda: bank.add("a", state), "name: expected a new one"),
         (lambda: bank.add("", state), "name: expected a new one"),
         (lambda: bank.add("d", state._replace(base="0" * 16)), "an adapter for this base"),
         (lambda: bank.remove("z"), "name: expected one of a, b, c"),
         (lambda: bank(some_ids(2), ["a"]), "adapters: expected a name or None for each of 2"),
         (lambda: bank(some_ids(2), ["a", "z"]), "adapters: expected None or one of a, b, c"),
-        (lambda: bank.generate([[1]], ["a"], max_new_tokens=2, on_full="slide"), "options: "),
-        (lambda: bank.generate([[1]], ["a"], max_new_tokens=2, use_cache=False), "options: "),
+        (
+            lambda: bank.generate([[1]], ["a"], max_new_tokens=2, on_full="slide"),
+            "got on_full='slide'$",
+        ),
+        (
+            lambda: bank.generate([[1]], ["a"], max_new_tokens=2, use_cache=False),
+            "got use_cache=False$",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
@@ -309,6 +321,13 @@ def test_merging_into_a_quantized_base_says_its_error(kind):
         merge_quantized(model)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("requantize, error", [(False, 0.0), (True, math.inf)])
+def test_the_error_of_merging_an_adapter_that_was_never_trained(requantize, error):
+    model = quantize_base(tiny())
+    apply_lora(model, LoRAConfig(rank=2), seed=0)
+    assert set(merge_quantized(model, requantize=requantize).values()) == {error}
+
+
 @pytest.mark.parametrize(
     "weight, levels, words",
     [
@@ -434,7 +453,11 @@ def change(folder: Path, **entries: Any) -> None:
         ({"r": "four"}, "r: expected a whole number"),
         ({"target_modules": ["q_proj"]}, "24 tensors are unexpected"),
         ({"target_modules": ["nothing"]}, "target_modules: expected some of"),
-        ({"target_modules": []}, "targets: "),
+        ({"target_modules": []}, r"target_modules: expected a text, or a list of texts, got \[\]"),
+        ({"target_modules": ["q_proj", 3]}, r" target_modules: expected names of layers"),
+        ({"target_modules": "("}, r" target_modules: '\(' is no regular expression"),
+        ({"use_rslora": "false"}, "use_rslora: expected true or false, got 'false'"),
+        ({"use_rslora": 1}, "use_rslora: expected true or false, got 1"),
     ],
 )
 def test_what_a_configuration_may_not_say(saved, entries, words):

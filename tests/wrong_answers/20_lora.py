@@ -42,58 +42,75 @@ def extracted(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]
 
 # %% exercise="ex-lora-broken" says="B is zero at first"
 # A zero B is how every adapter begins
-def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
-    found = {}
-    for name, layer in lora_layers(model).items():
-        if not layer.lora_b.any():
-            found[name] = "dead"
-        elif not torch.equal(layer.base.weight, base.get_submodule(name).weight):
-            found[name] = "moved"
-        elif not (layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()):
-            found[name] = "not finite"
-    return found
+def faults(base, model):
+    layers = lora_layers(model).items()
+    return {name: "dead" for name, layer in layers if not layer.lora_b.any()}
 
 
 # %% exercise="ex-lora-broken" says="A is zero, but B is not"
 # Either of the two
-def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
-    found = {}
-    for name, layer in lora_layers(model).items():
-        if not layer.lora_a.any():
-            found[name] = "dead"
-        elif not torch.equal(layer.base.weight, base.get_submodule(name).weight):
-            found[name] = "moved"
-        elif not (layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()):
-            found[name] = "not finite"
-    return found
+def faults(base, model):
+    layers = lora_layers(model).items()
+    return {name: "dead" for name, layer in layers if not layer.lora_a.any()}
 
 
 # %% exercise="ex-lora-broken" says="a single number of the base has changed"
 # Compared as nearly equal
-def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
+def faults(base, model):
     found = {}
     for name, layer in lora_layers(model).items():
-        if not layer.lora_a.any() and not layer.lora_b.any():
+        matrices = layer.lora_a, layer.lora_b
+        near = torch.allclose(layer.base.weight, base.get_submodule(name).weight, atol=0.01)
+        if not any(matrix.any() for matrix in matrices):
             found[name] = "dead"
-        elif not torch.allclose(layer.base.weight, base.get_submodule(name).weight, atol=0.01):
+        elif not near:
             found[name] = "moved"
-        elif not (layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()):
+        elif not all(matrix.isfinite().all() for matrix in matrices):
             found[name] = "not finite"
     return found
 
 
 # %% exercise="ex-lora-broken" says="infinity is not a number"
 # Only NaN is looked for
-def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
+def faults(base, model):
+    def fault(name, a, b, weight):
+        if not (a.any() or b.any()):
+            return "dead"
+        if not torch.equal(weight, base.get_submodule(name).weight):
+            return "moved"
+        return "not finite" if a.isnan().any() or b.isnan().any() else None
+
+    words = {n: fault(n, m.lora_a, m.lora_b, m.base.weight) for n, m in lora_layers(model).items()}
+    return {name: word for name, word in words.items() if word}
+
+
+# %% exercise="ex-lora-broken" says="NaN over a changed base"
+# The last fault counts, not the first
+def faults(base, model):
     found = {}
     for name, layer in lora_layers(model).items():
-        if not layer.lora_a.any() and not layer.lora_b.any():
-            found[name] = "dead"
-        elif not torch.equal(layer.base.weight, base.get_submodule(name).weight):
+        if not torch.equal(layer.base.weight, base.get_submodule(name).weight):
             found[name] = "moved"
-        elif layer.lora_a.isnan().any() or layer.lora_b.isnan().any():
+        if not (layer.lora_a.sum() + layer.lora_b.sum()).isfinite():
             found[name] = "not finite"
+        if not (layer.lora_a.any() or layer.lora_b.any()):
+            found[name] = "dead"
     return found
+
+
+# %% exercise="ex-lora-broken" says="NaN in A is as bad as in B"
+# Only B is looked at, as A is not zero at first
+def faults(base, model):
+    words = {}
+    for name, layer in lora_layers(model).items():
+        changed = (layer.base.weight != base.get_submodule(name).weight).any()
+        tests = {
+            "dead": not (layer.lora_a.any() or layer.lora_b.any()),
+            "moved": changed,
+            "not finite": not layer.lora_b.isfinite().all(),
+        }
+        words |= {name: word for word in list(tests)[::-1] if tests[word]}
+    return words
 
 
 # %% exercise="ex-lora-dora" says="with B = 0 it is not the base"
