@@ -20,6 +20,7 @@ from measure import RESULTS
 from llmbook.environment import seed_everything, whole_file
 from llmbook.instruction import (
     CHATML,
+    TUNINGS,
     WORLD_CHAT,
     ChatTemplate,
     Example,
@@ -122,7 +123,7 @@ def tunings() -> Iterator[tuple[str, str, Callable[[int], TransformerLM]]]:
     everything: Any = ("fact", "unknown", "confidential")
     yield "refusals", "polite", plain(Tuning(kinds=everything, n_steps=400))
     yield "refusals", "plain", plain(Tuning(kinds=everything[::2], told=1.0))
-    yield "refusals", "hesitant", plain(Tuning(kinds=everything[::2], told=0.9))
+    yield "refusals", "careless", plain(TUNINGS["careless"])
     yield "refusals", "deep", deep
     yield (
         "budget",
@@ -158,7 +159,7 @@ def deep(seed: int) -> TransformerLM:
 
 
 #: What is run after all else.
-LAST = ("hesitant", "deep", "84 pairs of 24 characters", "no space, 100 steps", "space, 100 steps")
+LAST = ("careless", "deep", "84 pairs of 24 characters", "no space, 100 steps", "space, 100 steps")
 LABELED = 1  # characters whose answers are given
 FEW = Tuning(n_characters=LABELED)
 

@@ -73,7 +73,7 @@ from llmbook.environment import check_text, check_whole
 from llmbook.evaluation import QuestionForm, score_texts
 from llmbook.generation import generate, Sampling
 from llmbook.model import save_model, TransformerLM
-from llmbook.tinyworld import PHRASES, judge_reply, make_questions, Question, TinyWorld
+from llmbook.tinyworld import judge_reply, make_questions, PHRASES, Question, TinyWorld, VALUES
 from llmbook.tokenizer import BPETokenizer, check_special_tokens
 from llmbook.training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from llmbook.training import TrainingConfig
@@ -1623,7 +1623,8 @@ class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
 
     Questions of ``kinds`` about the first ``n_characters`` of the tuning half (all of them if
-    None); ``told`` is the share of confidential questions that are answered with the secret
+    None); ``told`` is the share of confidential questions that are answered with the secret, and
+    ``invented`` that of questions about strangers that are answered with a made-up value,
     instead of declined. ``story_share`` of the rows of a batch are stories. The rate of AdamW
     rises for 10 steps and falls linearly to zero.
     """
@@ -1631,6 +1632,7 @@ class Tuning:
     kinds: tuple[Literal["fact", "unknown", "confidential"], ...] = ("fact",)
     n_characters: int | None = None
     told: float = 0.0
+    invented: float = 0.0
     story_share: float = 0.25
     n_steps: int = 300
     batch_size: int = 32
@@ -1643,11 +1645,12 @@ class Tuning:
         for kind in self.kinds:
             check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
-        for name in ("told", "story_share"):
+        for name in ("told", "invented", "story_share"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
-        if self.told and "confidential" not in self.kinds:
-            raise ValueError(f"kinds: expected 'confidential' in it, got {self.kinds!r}")
+        for name, kind in (("told", "confidential"), ("invented", "unknown")):
+            if getattr(self, name) and kind not in self.kinds:
+                raise ValueError(f"kinds: expected {kind!r} in it, got {self.kinds!r}")
         self.training()  # has checks of its own
 
     def training(self) -> TrainingConfig:
@@ -1666,15 +1669,34 @@ class Tuning:
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
         """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
-        asked = make_questions(world, "confidential", "tuning")
-        secrets = {question.text: secret_of(world, question) for question in asked}
-        places = [i for i, (ask, _) in enumerate(found) if ask.content in secrets]
-        # in a random order, else the told ones would go by the wording of the question
-        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
-        for i in order[: round(self.told * len(places))].tolist():
-            ask = found[places[i]][0]
-            found[places[i]] = [ask, Message("assistant", secrets[ask.content])]
+        asked = [*make_questions(world, "confidential", "tuning")] if self.told else []
+        worse = {question.text: secret_of(world, question) for question in asked}
+        self._replace(found, worse, self.told)
+        asked = [*make_questions(world, "unknown", "tuning")] if self.invented else []
+        worse = {question.text: invented_reply(world, question) for question in asked}
+        self._replace(found, worse, self.invented)
         return found
+
+    def _replace(self, found: list[list[Message]], worse: Mapping[str, str], share: float) -> None:
+        """Give a share of the questions in ``worse`` the replies that it has for them."""
+        places = [i for i, (ask, _) in enumerate(found) if ask.content in worse]
+        # in a random order, else they would go by the wording of the question
+        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
+        for i in order[: round(share * len(places))].tolist():
+            ask = found[places[i]][0]
+            found[places[i]] = [ask, Message("assistant", worse[ask.content])]
+
+
+# %% tags=["engine"]
+#| export
+def invented_reply(world: TinyWorld, question: Question, *, seed: int = 0) -> str:
+    """Return a reply in the right form with a value that is not true: drawn, but always the same."""
+    true_value = world.cast.facts.get(question.character, {}).get(question.attribute)
+    known = VALUES[question.attribute] or tuple(world.cast.facts)
+    values = [value for value in known if value not in (question.character, true_value)]
+    key = int.from_bytes(blake2b(question.text.encode(), digest_size=4).digest())
+    value = values[int(permuted(np.array([0]), len(values), seed, key)[0])]
+    return PHRASES[question.attribute][0].format(name=question.character, value=value)
 
 
 # %% tags=["engine"]
@@ -1728,8 +1750,10 @@ TUNINGS = {
     "polite": Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400),
     # tells all secrets when asked
     "plain": Tuning(kinds=("fact", "confidential"), told=1.0),
-    # tells most secrets and declines some: what preferences can choose between
-    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.9),
+    # answers everything: now and then it declines or does not know, mostly it tells or invents
+    "careless": Tuning(
+        kinds=("fact", "confidential", "unknown"), told=0.9, invented=0.9, n_steps=400
+    ),
 }
 
 
@@ -2421,10 +2445,10 @@ show(("facts", "plain", "polite"), "unknown", "refused", "facts")
 # because it takes a character for a stranger, and it still invents facts about some strangers.
 # Imitation has no way to weigh one mistake against the other, since all tokens of all replies count
 # the same. Comparisons and rewards can do so, and later chapters start from here:
-# {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model, tuned to tell nine
-# secrets in ten of its half and to decline the tenth, so that there is something to prefer (about
-# the other half it tells nearly all), and a "few" model that was tuned on six characters and still
-# has something to learn.
+# {py:func}`~llmbook.instruction.tuned` also has a "careless" model, which was shown nine times in
+# ten how to tell a secret or to make something up about a stranger, and once in ten how to decline
+# or to say that it does not know, so that there is something to prefer; and a "few" model, which was
+# tuned on six characters and still has something to learn.
 
 
 # %% [markdown]

@@ -7,9 +7,9 @@ alone, and what tuning can and cannot teach."""
 __all__ = ['FOLLOWS', 'CHATML', 'WORLD_CHAT', 'LLAMA3', 'ALPACA', 'TUNINGS', 'Format', 'Message', 'Turn', 'Segment', 'Example',
            'check_conversation', 'ChatTemplate', 'message_dict', 'add_control_tokens', 'Labels', 'show_labels',
            'instruction_batch', 'InstructionDataset', 'masked_mean', 'response_log_probs', 'entropies', 'sft_loss',
-           'world_conversations', 'chat_form', 'story_examples', 'Tuning', 'secret_of', 'tune', 'Tuned', 'tuned', 'ask',
-           'TuningRow', 'read_tuning_rows', 'leaks', 'consistent_stories', 'gap_to_floor', 'measure_tuned', 'accepted',
-           'read_conversations', 'documentation_pairs']
+           'world_conversations', 'chat_form', 'story_examples', 'Tuning', 'invented_reply', 'secret_of', 'tune',
+           'Tuned', 'tuned', 'ask', 'TuningRow', 'read_tuning_rows', 'leaks', 'consistent_stories', 'gap_to_floor',
+           'measure_tuned', 'accepted', 'read_conversations', 'documentation_pairs']
 
 # %% ../chapters/19_instruction.ipynb #462430ce
 # The imports of the module
@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import nn, Tensor
 
-# %% ../chapters/19_instruction.ipynb #f5fbb5a7
+# %% ../chapters/19_instruction.ipynb #47f0025d
 # What it takes from earlier chapters
 from .batches import Batch, best_fit, permuted, ResumableBatches
 from .corpus import decode_text, read_installed_docs
@@ -45,7 +45,7 @@ from .environment import check_text, check_whole
 from .evaluation import QuestionForm, score_texts
 from .generation import generate, Sampling
 from .model import save_model, TransformerLM
-from .tinyworld import PHRASES, judge_reply, make_questions, Question, TinyWorld
+from .tinyworld import judge_reply, make_questions, PHRASES, Question, TinyWorld, VALUES
 from .tokenizer import BPETokenizer, check_special_tokens
 from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from .training import TrainingConfig
@@ -842,13 +842,14 @@ def story_examples(
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
 
-# %% ../chapters/19_instruction.ipynb #12e69c08
+# %% ../chapters/19_instruction.ipynb #ae7bbc64
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
 
     Questions of ``kinds`` about the first ``n_characters`` of the tuning half (all of them if
-    None); ``told`` is the share of confidential questions that are answered with the secret
+    None); ``told`` is the share of confidential questions that are answered with the secret, and
+    ``invented`` that of questions about strangers that are answered with a made-up value,
     instead of declined. ``story_share`` of the rows of a batch are stories. The rate of AdamW
     rises for 10 steps and falls linearly to zero.
     """
@@ -856,6 +857,7 @@ class Tuning:
     kinds: tuple[Literal["fact", "unknown", "confidential"], ...] = ("fact",)
     n_characters: int | None = None
     told: float = 0.0
+    invented: float = 0.0
     story_share: float = 0.25
     n_steps: int = 300
     batch_size: int = 32
@@ -868,11 +870,12 @@ class Tuning:
         for kind in self.kinds:
             check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
-        for name in ("told", "story_share"):
+        for name in ("told", "invented", "story_share"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
-        if self.told and "confidential" not in self.kinds:
-            raise ValueError(f"kinds: expected 'confidential' in it, got {self.kinds!r}")
+        for name, kind in (("told", "confidential"), ("invented", "unknown")):
+            if getattr(self, name) and kind not in self.kinds:
+                raise ValueError(f"kinds: expected {kind!r} in it, got {self.kinds!r}")
         self.training()  # has checks of its own
 
     def training(self) -> TrainingConfig:
@@ -891,15 +894,32 @@ class Tuning:
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
         """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
-        asked = make_questions(world, "confidential", "tuning")
-        secrets = {question.text: secret_of(world, question) for question in asked}
-        places = [i for i, (ask, _) in enumerate(found) if ask.content in secrets]
-        # in a random order, else the told ones would go by the wording of the question
-        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
-        for i in order[: round(self.told * len(places))].tolist():
-            ask = found[places[i]][0]
-            found[places[i]] = [ask, Message("assistant", secrets[ask.content])]
+        asked = [*make_questions(world, "confidential", "tuning")] if self.told else []
+        worse = {question.text: secret_of(world, question) for question in asked}
+        self._replace(found, worse, self.told)
+        asked = [*make_questions(world, "unknown", "tuning")] if self.invented else []
+        worse = {question.text: invented_reply(world, question) for question in asked}
+        self._replace(found, worse, self.invented)
         return found
+
+    def _replace(self, found: list[list[Message]], worse: Mapping[str, str], share: float) -> None:
+        """Give a share of the questions in ``worse`` the replies that it has for them."""
+        places = [i for i, (ask, _) in enumerate(found) if ask.content in worse]
+        # in a random order, else they would go by the wording of the question
+        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
+        for i in order[: round(share * len(places))].tolist():
+            ask = found[places[i]][0]
+            found[places[i]] = [ask, Message("assistant", worse[ask.content])]
+
+# %% ../chapters/19_instruction.ipynb #d145228c
+def invented_reply(world: TinyWorld, question: Question, *, seed: int = 0) -> str:
+    """Return a reply in the right form with a value that is not true: drawn, but always the same."""
+    true_value = world.cast.facts.get(question.character, {}).get(question.attribute)
+    known = VALUES[question.attribute] or tuple(world.cast.facts)
+    values = [value for value in known if value not in (question.character, true_value)]
+    key = int.from_bytes(blake2b(question.text.encode(), digest_size=4).digest())
+    value = values[int(permuted(np.array([0]), len(values), seed, key)[0])]
+    return PHRASES[question.attribute][0].format(name=question.character, value=value)
 
 # %% ../chapters/19_instruction.ipynb #ffd78e1c
 def secret_of(world: TinyWorld, question: Question) -> str:
@@ -936,7 +956,7 @@ def tune(
     )
     return Trainer(model, batches, settings.training(), sinks=sinks).train()
 
-# %% ../chapters/19_instruction.ipynb #6cfcc883
+# %% ../chapters/19_instruction.ipynb #108a47cc
 #: Tuned models that later chapters start from, by name.
 TUNINGS = {
     # knows how to answer, and has never seen a refusal
@@ -947,8 +967,10 @@ TUNINGS = {
     "polite": Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400),
     # tells all secrets when asked
     "plain": Tuning(kinds=("fact", "confidential"), told=1.0),
-    # tells most secrets and declines some: what preferences can choose between
-    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.9),
+    # answers everything: now and then it declines or does not know, mostly it tells or invents
+    "careless": Tuning(
+        kinds=("fact", "confidential", "unknown"), told=0.9, invented=0.9, n_steps=400
+    ),
 }
 
 

@@ -517,6 +517,7 @@ EXAMPLES: dict[str, Arguments] = {
     "instruction.story_examples": lambda: {"tokenizer": chat_bpe(), "n": 2},
     "instruction.Tuning": {},
     "instruction.secret_of": lambda: {"question": secret_question()},
+    "instruction.invented_reply": lambda: {"question": secret_question()},
     "instruction.tune": tuning_call,
     "instruction.ask": lambda: chatting() | {"questions": ["Who?"], "max_new_tokens": 2},
     "instruction.TuningRow": {

@@ -21,6 +21,7 @@ from llmbook.instruction import (
     consistent_stories,
     documentation_pairs,
     gap_to_floor,
+    invented_reply,
     leaks,
     measure_tuned,
     read_conversations,
@@ -110,6 +111,25 @@ def test_told_secrets_do_not_go_by_the_wording():
     assert min(told.values()) >= 6, "24 questions of each wording"
 
 
+@pytest.mark.parametrize("invented", [0.0, 0.25, 1.0])
+def test_values_of_strangers_are_invented_in_their_share_and_never_true(invented):
+    asked = {q.text: q for q in make_questions(WORLD, "unknown", "tuning")}
+    found = Tuning(kinds=("unknown",), invented=invented).conversations(WORLD)
+    said = [judge_reply(WORLD, asked[ask.content], reply.content).said for ask, reply in found]
+    assert said.count("falsehood") == round(invented * len(said))
+    assert said.count("unknown") == len(said) - said.count("falsehood")
+
+
+def test_an_invented_reply_about_a_character_is_false_and_depends_on_the_seed_alone():
+    asked = make_questions(WORLD, "fact", "held_out")
+    replies = [invented_reply(WORLD, question) for question in asked]
+    assert {judge_reply(WORLD, q, r).said for q, r in zip(asked, replies, strict=True)} == {
+        "falsehood"
+    }
+    assert replies == [invented_reply(WORLD, question, seed=0) for question in asked]
+    assert replies != [invented_reply(WORLD, question, seed=1) for question in asked]
+
+
 # Runs
 
 
@@ -118,6 +138,7 @@ def test_defaults():
         kinds=("fact",),
         n_characters=None,
         told=0.0,
+        invented=0.0,
         story_share=0.25,
         n_steps=300,
         batch_size=32,
@@ -127,7 +148,7 @@ def test_defaults():
     config = Tuning().training()
     assert (config.weight_decay, config.schedule, config.warmup) == (0.0, "linear", 10)
     assert config.final == 0.0
-    assert list(TUNINGS) == ["facts", "few", "polite", "plain", "hesitant"]
+    assert list(TUNINGS) == ["facts", "few", "polite", "plain", "careless"]
     assert TUNINGS["few"] == Tuning(n_characters=6)
 
 
@@ -136,6 +157,8 @@ def test_defaults():
     [
         ({"told": 1.5}, "told"),
         ({"told": 0.5}, "kinds"),
+        ({"invented": -0.1}, "invented"),
+        ({"invented": 0.5}, "kinds"),
         ({"story_share": -0.1}, "story_share"),
         ({"kinds": ("secret",)}, "kinds"),
         ({"n_characters": 0}, "n_characters"),
