@@ -4,7 +4,7 @@
 # > Turn a model that continues texts into one that answers: chat templates, a loss on replies
 # > alone, and what tuning can and cannot teach.
 #
-# A pretrained model knows what the fifth word of a story is likely to be. Ask it a question, and it
+# A pretrained model knows which word of a story is likely to come next. Ask it a question, and it
 # does what it was trained to do: it continues the text, perhaps with an answer, perhaps with the
 # next question, and it does not stop. An assistant takes turns. It has to know where the question
 # ends, that the next words are its own, and when to stop.
@@ -135,8 +135,9 @@ print(question.text, question.reply)
 
 # %% [markdown]
 # The base model gets the question in two forms: as the beginning of a document, and in ChatML,
-# which the next section explains. `replies(model, prompts)` chooses the likeliest {term}`token` up
-# to 24 times ({term}`greedy decoding`), and stops at an end token:
+# which the next section explains; `encode(…, prompt=True)` writes the question up to the place
+# where the reply begins. `replies(model, prompts)` chooses the likeliest {term}`token` up to 24
+# times ({term}`greedy decoding`), and stops at an end token:
 
 # %% tags=["nbval-ignore-output"]
 in_chatml = WORLD_CHAT.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
@@ -151,13 +152,14 @@ print(f"as a story: {first.text}\nin ChatML: {second.text}")
 # a question itself. (These two texts depend on the processor on which the model was trained.)
 #
 # The same model after 300 steps of instruction tuning is `helper`, which the second half of the
-# chapter trains. Here are both, asked 48 questions about characters that did not occur in tuning.
-# (Counts that depend on training are printed as a range, and the cell fails if they lie outside.)
+# chapter trains. Here are both, asked 45 questions about characters that did not occur in tuning. A
+# reply is right if it names the true value of the attribute and no other. (Here and below, "a to b"
+# is the range that the cell accepts: what depends on training may differ a little elsewhere.)
 
 # %%
-asked = make_questions(world, "fact", "held_out")[::14]
+asked = make_questions(world, "fact", "held_out")[::15]
 show_replies("base", base.model, asked, ended=(0, 2), right=(0, 8))
-show_replies("tuned", helper.model, asked, ended=(46, 48), right=(44, 48))
+show_replies("tuned", helper.model, asked, ended=(43, 45), right=(41, 45))
 print(question.text, replies(helper.model, [in_chatml])[0].text)
 
 # %% [markdown]
@@ -226,9 +228,11 @@ print(as_text(turns, chat))
 # %% [markdown]
 # This form is called ChatML. `<|im_start|>` and `<|im_end|>` are
 # **{term}`control tokens <control token>`**: each is a single id that is never made from ordinary
-# text. The end token tells the program that generates when to stop, and tells the model that the
-# other side is to speak. To ask a question, a program writes the text up to the place where a reply
-# begins, `<|im_start|>assistant` and a line break, and the model does the rest.
+# text. They are special tokens of {doc}`05_tokenizer`, which the tokenizer of the tiny world has
+# had from the beginning; in the stories of pretraining they never occur. The end token tells the
+# generating program when to stop, and tells the model that the other side is to speak. To ask a
+# question, a program writes the text up to the place where a reply begins, `<|im_start|>assistant`
+# and a line break, and the model does the rest.
 #
 # The exported {py:class}`~llmbook.instruction.ChatTemplate` is `as_text` with the details that
 # follow. Because it is data, another family of models needs another value and no new code.
@@ -680,11 +684,11 @@ for template in (WORLD_CHAT, LLAMA3, ALPACA):
     print(f"{template.name:10}", template.render(chat).replace("\n", "⏎"))
 
 # %% [markdown]
-# All three keep a promise: every beginning of a conversation becomes a beginning of its text, and
-# of its ids. The {term}`KV cache` of chapter 14 can then be kept from one question to the next. A
-# template that treats the last message differently from the others, or drops thoughts from earlier
-# turns, breaks the promise: each turn has to be read again, and training sees texts that never
-# occur in use.
+# All three keep a promise: when a conversation goes on, its text and its ids so far do not change;
+# they only grow. The {term}`KV cache` of chapter 14 can then be kept from one question to the next.
+# A template that treats the last message differently from the others, or drops thoughts from
+# earlier turns, breaks the promise: each turn has to be read again, and training sees texts that
+# never occur in use.
 #
 # Whoever asks can decide whether the reply begins with a thought. `thinking=True` opens a thought
 # in the prompt. `thinking=False` writes an empty one, after which a model that has seen both goes
@@ -696,7 +700,7 @@ tools = [chat[0], called, Message("tool", "goat")]
 print(WORLD_CHAT.render(tools).replace("\n", "⏎"))
 for switch in (True, False):
     prompt = WORLD_CHAT.render(tools, prompt=True, thinking=switch)
-    print(prompt[-40:].replace("\n", "⏎"))
+    print(prompt[prompt.rindex("<|im_start|>") :].replace("\n", "⏎"))
 
 
 # %% tags=["engine"]
@@ -711,12 +715,12 @@ def refusal(messages: Sequence[Message], **options: Any) -> str:
 
 # %% [markdown]
 # In the first line the assistant thinks and calls a tool. The other lines are the ends of two
-# prompts. A reply to the second one is kept as `Message("assistant", reply, "")`, with an empty
+# prompts. A reply to the last prompt is kept as `Message("assistant", reply, "")`, with an empty
 # thought, or else the promise is broken at the next turn. What a tool returns is a turn of its own,
 # which the model reads and is not trained to write. Chapter 24 uses both the switch and the calls.
 #
-# What makes no sense is refused, with the index of the message that does not fit. Here the
-# assistant speaks first, then it says nothing, and then the system speaks twice:
+# What makes no sense is refused, with the index of the message that does not fit. In
+# three examples, the assistant speaks first, says nothing, and the system speaks twice:
 
 # %%
 print(refusal(chat[::-1]))
@@ -743,7 +747,7 @@ def their_example(
 
 
 # %% [markdown]
-# ### Is it the real thing?
+# ### The same in `transformers`
 #
 # Models are published with a template in Jinja, a language for small programs that make text, and
 # `transformers` runs it. {py:meth}`~llmbook.instruction.ChatTemplate.jinja` writes ours in that
@@ -762,7 +766,7 @@ for template in (CHATML, WORLD_CHAT, ALPACA):
 # All ids and masks agree. One difference remains: `transformers` encodes the whole text at once, so
 # a token may reach across the seam between the template and a message, while we encode each piece
 # by itself. With a tokenizer that merges two line breaks, and a message that begins with one,
-# pieces give one id more:
+# pieces give 30 ids and the whole text 29 (in the folded cell).
 
 # %% tags=["engine"]
 # The seam, with a merge across it and without
@@ -802,11 +806,11 @@ assert attack in tokenizer.decode(safe), "the user's text is lost"
 print([tokenizer.decode([id]) for id in tokenizer.encode(" Hello<|im_end|>")])
 
 # %% [markdown]
-# It is easy to prove that no text can forge a control token. The template's pieces do not depend on
+# One can prove that no text can forge a control token. The template's pieces do not depend on
 # what is said. What is said is encoded with no control token allowed, and chapter 05's encoder then
 # uses only the ids of bytes and of merges. No token reaches across a seam. So for every text the
-# control ids are those of the template, in number and order. The tests try it with texts that
-# `hypothesis` puts together from parts of control tokens.
+# control ids are those of the template, in number and order. The tests try it with texts that the
+# library `hypothesis`, which makes up inputs, puts together from parts of control tokens.
 #
 # `control_text="refuse"` makes such a text an error instead:
 
@@ -820,7 +824,7 @@ print(refusal([Message("user", attack)], prompt=True, control_text="refuse"))
 #
 # The marks of thoughts and calls are protected only if the template names them among its control
 # tokens and the tokenizer has them. `WORLD_CHAT` does not, so here anyone can write `<think>`;
-# {py:func}`~llmbook.instruction.add_control_tokens` in the room below adds such tokens.
+# {py:func}`~llmbook.instruction.add_control_tokens` in the engine room below adds such tokens.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: new control tokens for a model that is already trained
@@ -1224,7 +1228,7 @@ for template in (CHATML, WORLD_CHAT):
 # %% [markdown]
 # The facts that the model has read about Mia stood next to the token ` Mia`, and hardly ever next
 # to `M` and `ia`. With plain ChatML the model must first learn to spell, and after the same number
-# of steps it answers fewer questions; "Three controls" below measures how many. Hence the space in
+# of steps it answered fewer questions on average ("Three controls" below). Hence the space in
 # `WORLD_CHAT`. A template has to be chosen for its tokenizer.
 #
 # A conversation that is longer than the {term}`context <context length>` has to lose something. Its
@@ -1443,10 +1447,12 @@ micro = [instruction_batch([[example] for example in pair], 128, end_of_text) fo
 counts = [int((batch.targets != -100).sum()) for batch in micro]
 right = sum(gradient(batch, sum(counts)) for batch in micro)
 means = sum(gradient(batch, n) / 2 for batch, n in zip(micro, counts, strict=True))
-print(f"learned tokens: {counts}; a reply's token weighs {sum(counts) / 2 / counts[0]:.1f} times")
+print(f"learned tokens: {counts}")
 longer_by = (means.norm() / right.norm()).item()
 assert 3 < longer_by < 8, longer_by
-print("as much in the mean of means, whose gradient is 3 to 8 times as long")
+heavier = sum(counts) / 2 / counts[0]
+print(f"in the mean of means, a token of a reply weighs {heavier:.1f} times as much as it should,")
+print("and the gradient is 3 to 8 times as long")
 
 # %% [markdown]
 # The mean of the two means gives each micro-batch the same weight. A token of the short replies
@@ -1500,9 +1506,10 @@ print("gradients of packed and single rows agree to 10 digits")
 
 # %% [markdown]
 # Packing without the mask is simpler, and its effect has to be measured. So we tuned twelve models
-# for 200 steps each: with one example in a row, packed, packed without the mask, and, as promised,
-# with the end token masked (`benchmarks/packing.py`; three seeds, 336 questions each about
-# characters that were not tuned on). A step has 32 single rows or 8 packed ones, which hold about
+# for 200 steps each: with one example in a row ("rows"), packed, packed without the mask
+# ("unmasked"), and, as "The labels of a batch" announced, with the end token masked ("unended";
+# `benchmarks/packing.py`; three seeds, 336 questions each, half of those about characters that were
+# not tuned on). A step has 32 single rows or 8 packed ones, which hold about
 # as many examples, and a quarter of the examples are stories.
 
 # %% tags=["engine"]
@@ -1525,8 +1532,9 @@ def points_more(case: str, other: str) -> str:
         [int(r["right"]) for r in packing_runs if r["case"] == name] for name in (case, other)
     ]
     found = mean_interval([100 * (a - b) / 336 for a, b in zip(*rights, strict=True)])
-    shown = f"{found.estimate:.0f} points ({found.low:.1f} to {found.high:.0f})"
-    return f"{case} against {other}, seed by seed: {shown} more are right"
+    each = ", ".join(f"{100 * (a - b) / 336:.0f}" for a, b in zip(*rights, strict=True))
+    shown = f"{found.estimate:.0f} points ({found.low:.1f} to {found.high:.0f}; by seed {each})"
+    return f"{case} against {other}: {shown} more are right"
 
 
 # %% [markdown]
@@ -2117,7 +2125,7 @@ for name, half in zip(("tuning", "test"), halves, strict=True):
 
 # %% [markdown]
 # Each fact is asked for in four wordings. The first two occur in the stories as well. The last two
-# do not, so the base has never seen what comes after them. Neither half of the *answers* was ever
+# do not, so the base has never seen what comes after them. No answer of either half was ever
 # given to the base in the form of a conversation. Allen-Zhu and Li {cite}`allenzhu2024physics` use
 # the same design, with invented biographies and questions about half of the persons, to ask when a
 # model can extract what it has stored.
@@ -2146,9 +2154,8 @@ gain = after.compare(before)["facts/reply"]
 about("gain of tuning over four examples", gain.difference.estimate, 0.3, 0.42, "points")
 
 # %% [markdown]
-# Tuning wins by a wide margin, on characters for which it has shown no answer. About a quarter of
-# the wrong replies of the base name a wrong value, and the rest name no value that could be an
-# answer. The wording decides how well the base does:
+# Tuning wins by a wide margin, on characters for which it has shown no answer. The wording decides
+# how well the base does:
 
 # %%
 show_wordings(before)
@@ -2163,12 +2170,12 @@ show_wordings(before)
 #
 # Where does the knowledge of the tuned model come from? Three more runs with the same number of
 # steps answer this. `python benchmarks/instruction.py` has repeated them with three seeds and
-# written a table, which the following cell reads. (Intervals over so few seeds are wide.) The first
-# control is the same tuning from random weights, without any pretraining. The second is tuning on
-# *false answers*: each answer is that of another character, chosen so that every reply has the
-# right form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, so
-# that a name at the beginning of a reply falls into other tokens than in a story; it was also run
-# for 100 steps:
+# written a table, which the following cell reads. (In brackets are 95 % intervals over three seeds,
+# which are wide.) The first control is the same tuning from random weights, without any
+# pretraining. The second is tuning on *false answers*: each answer is that of another character,
+# chosen so that every reply has the right form and a wrong value. The third uses ChatML without the
+# space before a message, so that a name at the beginning of a reply falls into other tokens than in
+# a story; it was also run for 100 steps:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -2180,15 +2187,15 @@ assert gain.p_value < 0.01
 assert abs(share(after) - over_seeds("true answers", "facts").estimate) < 0.02
 
 # %% [markdown]
-# Without pretraining the model learns the form and guesses the values: its score is little above
-# the chance of about 5 % that a value drawn at random is right. With pretraining, the answers that
+# Without pretraining the model learns the form and guesses the values: its score is hardly above
+# chance, which is about 6 % (an attribute has 12 to 47 values). With pretraining, the answers that
 # we show need not even be true. A model tuned on falsehoods alone tells the truth about three in
 # four facts of the other half. What it has learned from a false answer is mainly the part that all
 # answers share. The price is visible, too: more than one answer in five is lost. In a large model,
 # {cite:t}`gekhman2024does` found that examples whose answers the model does not know are learned
 # slowly, and that once they are learned, they make it state more falsehoods. The missing space
-# costs about four points on average in runs of 300 steps. At 100 steps the average cost is greater,
-# but seeds differ so much that three of them do not settle it.
+# costs about four points on average in runs of 300 steps and more in runs of 100, but seeds differ
+# so much that three of them settle neither.
 #
 # ### How many characters are enough?
 #
@@ -2219,7 +2226,7 @@ show_parts()
 # %% [markdown]
 # Every kind of module has changed, and most of these changes can be left out one at a time. The
 # update of the head is the largest, and the model does nearly as well without it. The update of
-# attention matters most: alone it makes more than half of the answers right, and without it about
+# attention matters most: alone it makes about half of the answers right, and without it about
 # half of them are lost. This fits the task. What is new is to bring a name and an attribute from a
 # new kind of question to the place where the fact is recalled, and only attention moves things
 # between places. (Without any update, the base asked in the new format is right about one in five
@@ -2368,7 +2375,7 @@ def show_secrets(model: TransformerLM) -> None:
     begun = ask(model, tokenizer, texts, begin=[f"{q.character} hides" for q in secret])
     told, told_begun = (sum(leaks(world, secret, said)) for said in (plainly, begun))
     assert told <= 2 and told_begun > 90, (told, told_begun)
-    print(f"{texts[0]} {plainly[0]}")
+    print(f"{texts[0]} {plainly[0]}\nwith a beginning: {begun[0]}")
     print(f"secrets told when asked for: at most 2 of {len(secret)}", end="; ")
     print("when the reply has to begin with the name and 'hides': more than 90")
 
@@ -2387,11 +2394,11 @@ about("base: gap", gap_to_floor(base.model, tokenizer, world, 200), 0.67, 0.87, 
 show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 
 # %% [markdown]
-# Without stories nothing is left: not one story in a hundred is consistent, and the loss has grown
-# by more than a hundred nats per story. Yet the model still knows its facts, since it answers
-# questions about as well as the other two. A short run shows what it has lost. We tune the base
-# without stories for 60 steps, and ask where in a story its surprise has grown, and how likely it
-# finds the end token `<|im_end|>` after a full stop:
+# Without stories nothing is left ({numref}`fig-instruction-characters`, right): not one story in a
+# hundred is consistent, and the loss has grown by more than a hundred nats per story. Yet the model
+# still knows its facts, since it answers questions about as well as the other two. A short run
+# shows what it has lost. We tune the base without stories for 60 steps, and ask where in a story
+# its surprise has grown, and how likely it finds the end token `<|im_end|>` after a full stop:
 
 # %%
 show_forgetting(n_steps=60)
@@ -2422,7 +2429,10 @@ show_secrets(helper.model)
 # the model goes on with the truth. The secrets were never gone. Two more
 # models make this clearer. "Plain" tells the secrets of the tuning half when asked for them, as
 # data without any rule would. "Polite" has learned to decline such questions, and also to say that
-# it does not know a stranger:
+# it does not know a stranger. The columns are shares of replies to questions about the other half:
+# of secrets told when asked for, of secrets told when the reply is begun, and of secret questions
+# declined; then of strangers not known, of *answerable* questions refused, and of answerable
+# questions answered right:
 
 # %%
 polite = tuned("polite")
@@ -2431,13 +2441,10 @@ show(("facts", "plain", "polite"), "told", "begun", "declined")
 show(("facts", "plain", "polite"), "unknown", "refused", "facts")
 
 # %% [markdown]
-# The columns are shares of replies to questions about the other half: of secrets told when asked
-# for, of secrets told when the reply is begun, of secret questions declined, of strangers not
-# known, of *answerable* questions refused, and of answerable questions answered right. The plain
-# model tells the secrets of all 24 characters whose secrets it was never asked for in tuning.
-# Leaking generalizes as well as answering does, because tuning adds only a form in both cases. The
-# polite model declines nearly every time. But when its reply is begun for it, it tells as much as
-# the plain one: its refusal lives in the first words of the reply. Qi and colleagues
+# The plain model tells the secrets of all 24 characters whose secrets it was never asked for in
+# tuning. Leaking generalizes as well as answering does, because tuning adds only a form in both
+# cases. The polite model declines nearly every time. But when its reply is begun for it, it tells
+# as much as the plain one: its refusal lives in the first words of the reply. Qi and colleagues
 # {cite}`qi2025safety` found the same in large models, and wrote that their safety alignment is only
 # a few tokens deep.
 #
@@ -2447,8 +2454,8 @@ show(("facts", "plain", "polite"), "unknown", "refused", "facts")
 # the same. Comparisons and rewards can do so, and later chapters start from here:
 # {py:func}`~llmbook.instruction.tuned` also has a "careless" model, which was shown nine times in
 # ten how to tell a secret or to make something up about a stranger, and once in ten how to decline
-# or to say that it does not know, so that there is something to prefer; and a "few" model, which was
-# tuned on six characters and still has something to learn.
+# or to say that it does not know, so that there is something to prefer; and a "few" model, which
+# was tuned on six characters and still has something to learn.
 
 
 # %% [markdown]
@@ -2485,10 +2492,11 @@ def accepted(
 #
 # {py:func}`~llmbook.instruction.accepted` keeps each distinct pair that the judge accepts. Even a
 # good model makes mistakes if replies are drawn at a high {term}`temperature`, and the judge finds
-# them:
+# them. We ask 168 questions four times each. Two right replies that differ in the words around the
+# value count as different:
 
 # %%
-questions = [question for question in halves[0] if question.wording == 2] * 4
+questions = [question for question in halves[0] if question.wording == 2] * 4  # counted from 0
 drawn = ask(helper.model, tokenizer, [question.text for question in questions], temperature=1.5)
 about(f"right of {len(drawn)} replies", judged_right(questions, drawn), 0.68, 0.92)
 about("different right pairs", len(accepted(world, questions, drawn)), 180, 240, "pairs")
@@ -2888,7 +2896,7 @@ def show_documentation(
         about(f"{when}: replies that end with a full stop", ended, low, high)
     returns = np.mean([reply.startswith("Return") for reply in said])
     assert len(set(said)) < 0.2 * len(said) and returns > 0.5
-    print("after: more than half begin with 'Return'; fewer than a fifth differ from each other")
+    print("after: more than half begin with 'Return'; less than one different reply in five")
 
 
 # %% [markdown]
@@ -2936,7 +2944,8 @@ print("pairs: some thousands to tune on, some hundreds of other modules for the 
 # %% [markdown]
 # Two numbers say what tuning has taught. One is the loss of the true answer. The other is the loss
 # of the same answer after a question about a *different* function of the test set. If they differ,
-# the model makes something of the name. We tune for 100 steps, and compare:
+# the model makes something of the name. `lessons` makes examples of pairs, and `tune` trains with
+# the settings of a `Tuning`, here without stories. We tune for 100 steps, and compare:
 
 # %%
 student, end = copy.deepcopy(docs.model), docs.tokenizer.special_tokens["<|endoftext|>"]
@@ -2946,12 +2955,12 @@ show_documentation(docs, student, pairs, held_out)
 
 # %% [markdown]
 # The form is learned: nearly every reply ends with a full stop, and more than half begin with
-# "Return". But many questions get the same reply, and the right name is worth about a hundredth of
-# a nat per token: the model has learned what an answer sounds like, and next to nothing about the
-# function. In the tiny world the same method made a model right in 99 % of the cases, because there
-# the base knew the facts. This base has half a million parameters and has read little text. Tuning
-# could not draw out what was not there. A larger model that has read more documentation should
-# answer in the same form, and know more of the answers.
+# "Return". But many questions get the same reply, and the right name is worth next to nothing, at
+# most 0.05 nats per token: the model has learned what an answer sounds like, and next to nothing
+# about the function. In the tiny world the same method made a model right in 99 % of the cases,
+# because there the base knew the facts. This base has half a million parameters and has read little
+# text. Presumably the facts are not there to be drawn out. A larger model that has read more
+# documentation should answer in the same form, and know more of the answers.
 
 # %% [markdown]
 # ## Exercises
