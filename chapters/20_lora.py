@@ -312,7 +312,7 @@ def error_of_bound(adapters: dict[str, Any]) -> float:
     for name, layer in adapters.items():
         before = base.get_submodule(name).weight
         bound = 2**-23 * (before.abs() + layer.update.abs())
-        shares.append(float(((layer.base.weight - before).abs() / bound).max()))
+        shares.append(((layer.base.weight - before).abs() / bound).max().item())
     return max(shares)
 
 
