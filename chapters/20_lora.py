@@ -396,8 +396,8 @@ print(*first_right(model))
 # %% [markdown]
 # A model that could only tell stories now answers questions, even about characters that no training
 # question mentions. That took 4,352 numbers beside its 203,968: what it knows is in the frozen
-# weights, and what it had to learn is to look there. (The few replies of the base that are right are
-# stories that happen to name the value.)
+# weights, and what it had to learn is to look there. (The few replies of the base that are right
+# are stories that happen to name the value.)
 
 # %% [markdown]
 # ## How low is the rank of an update?
