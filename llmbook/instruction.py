@@ -842,7 +842,7 @@ def story_examples(
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
 
-# %% ../chapters/19_instruction.ipynb #ae7bbc64
+# %% ../chapters/19_instruction.ipynb #ea120111
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
@@ -896,24 +896,25 @@ class Tuning:
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
         asked = [*make_questions(world, "confidential", "tuning")] if self.told else []
         worse = {question.text: secret_of(world, question) for question in asked}
-        self._replace(found, worse, self.told)
+        _replace(found, worse, self.told)
         asked = [*make_questions(world, "unknown", "tuning")] if self.invented else []
         worse = {question.text: invented_reply(world, question) for question in asked}
-        self._replace(found, worse, self.invented)
+        _replace(found, worse, self.invented)
         return found
 
-    def _replace(self, found: list[list[Message]], worse: Mapping[str, str], share: float) -> None:
-        """Give a share of the questions in ``worse`` the replies that it has for them."""
-        places = [i for i, (ask, _) in enumerate(found) if ask.content in worse]
-        # in a random order, else they would go by the wording of the question
-        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
-        for i in order[: round(share * len(places))].tolist():
-            ask = found[places[i]][0]
-            found[places[i]] = [ask, Message("assistant", worse[ask.content])]
+# %% ../chapters/19_instruction.ipynb #2fc659ad
+def _replace(found: list[list[Message]], worse: Mapping[str, str], share: float) -> None:
+    """Give a share of the questions in ``worse`` the replies that it has for them."""
+    places = [i for i, (ask, _) in enumerate(found) if ask.content in worse]
+    # in a random order, else they would go by the wording of the question
+    order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
+    for i in order[: round(share * len(places))].tolist():
+        ask = found[places[i]][0]
+        found[places[i]] = [ask, Message("assistant", worse[ask.content])]
 
-# %% ../chapters/19_instruction.ipynb #d145228c
+# %% ../chapters/19_instruction.ipynb #365ed935
 def invented_reply(world: TinyWorld, question: Question, *, seed: int = 0) -> str:
-    """Return a reply in the right form with a value that is not true: drawn, but always the same."""
+    """Return a reply in the right form with a false value, drawn, but always the same one."""
     true_value = world.cast.facts.get(question.character, {}).get(question.attribute)
     known = VALUES[question.attribute] or tuple(world.cast.facts)
     values = [value for value in known if value not in (question.character, true_value)]
