@@ -27,6 +27,7 @@ from llmbook import (
     optimization,
     positions,
     precision,
+    rlhf,
     scaling,
     subwords,
     tinyworld,
@@ -37,7 +38,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed instruction lora"
+    "distributed instruction lora rlhf"
 ).split()
 
 # What is left out, and why.
@@ -112,6 +113,11 @@ NOT_TRIED = {
     "instruction.Message",
     "instruction.Turn",
     "instruction.Example",
+    # It names what the caller calls the argument.
+    "rlhf.check_number",
+    # A run of minutes that is kept; a log that a trainer calls.
+    "rlhf.aligned",
+    "rlhf.RolloutLog",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -1054,6 +1060,168 @@ EXAMPLES |= {
         "model": lm(),
         "folder": saved_adapter(),
         "any_base": True,
+    },
+}
+
+
+def pair_of_examples() -> rlhf.ExamplePair:
+    first = instruction.Example((1, 2, 3), (False, True, True))
+    return rlhf.ExamplePair(first, instruction.Example((1, 4, 3), (False, True, True)))
+
+
+def world_pair() -> rlhf.Pair:
+    return rlhf.Pair(question(), "Yes.", "No.")
+
+
+def preference_file() -> str:
+    return written("pairs.jsonl", b'{"prompt": "Who?", "chosen": "I.", "rejected": "No."}')
+
+
+def two_responses() -> list[rlhf.Response]:
+    return [
+        rlhf.Response((4, 5), (-1.0, -2.0), True, "I."),
+        rlhf.Response((6,), (-1.0,), False, ""),
+    ]
+
+
+def rollouts() -> rlhf.Rollouts:
+    rows = [two_responses()]
+    found = rlhf.as_rollouts([rlhf.Prompt((1, 2, 3))], rows, torch.tensor([1.0, -1.0]), pad_id=0)
+    return found._replace(advantages=torch.zeros(found.inputs.shape))
+
+
+def chat_policy() -> model.TransformerLM:
+    return model.TransformerLM(config(vocab_size=chat_bpe().vocab_size, context_length=64))
+
+
+def chat_prompts() -> list[rlhf.Prompt]:
+    ids = instruction.WORLD_CHAT.encode(chat_bpe(), conversation()[:1], prompt=True).ids
+    return [rlhf.Prompt(tuple(ids), question())] * 2
+
+
+def lengths_liked() -> Any:
+    return rlhf.each(lambda prompt, response: float(len(response.ids)))
+
+
+def rollout_batches() -> rlhf.RolloutBatches:
+    sizes = {"n_prompts": 2, "samples": 2, "max_new_tokens": 2}
+    return rlhf.RolloutBatches(
+        chat_policy(),
+        chat_prompts(),
+        lengths_liked(),
+        rlhf.LeaveOneOutCredit(),
+        tokenizer=chat_bpe(),
+        **sizes,
+    )
+
+
+def advantage_call() -> dict[str, Any]:
+    """Two responses, of which the first was cut off."""
+    mask = torch.tensor([[False, True, True, False]] * 2)
+    numbers = torch.ones(2, 4)
+    finished = torch.tensor([False, True])
+    return {"rewards": numbers, "values": numbers, "mask": mask, "finished": finished}
+
+
+def clipped_call() -> dict[str, Any]:
+    return {name: torch.ones(2, 4) for name in ("log_probs", "old_log_probs", "advantages")}
+
+
+EXAMPLES |= {
+    "rlhf.true_reward": lambda: {"question": question(), "reply": "No."},
+    "rlhf.world_pairs": lambda: {"questions": [question()]},
+    "rlhf.judged_pairs": lambda: {"questions": [question()], "first": ["Yes."], "second": ["No."]},
+    "rlhf.alignment_questions": {"n_each": 2},
+    "rlhf.alignment_pairs": {},
+    "rlhf.read_preferences": lambda: {"path": preference_file()},
+    "rlhf.bradley_terry_loss": {},
+    "rlhf.at_last_token": {},
+    "rlhf.RewardModel": lambda: {"backbone": lm()},
+    "rlhf.pair_examples": lambda: {
+        "tokenizer": chat_bpe(),
+        "template": instruction.WORLD_CHAT,
+        "pairs": [world_pair()],
+        "limit": 64,
+    },
+    "rlhf.padded": {"rows": [[1, 2], [3]], "pad_id": 0},
+    "rlhf.PairDataset": lambda: {"pairs": [pair_of_examples()], "batch_size": 1, "pad_id": 0},
+    "rlhf.in_turns": {"first": 0, "n": 2, "size": 3},
+    "rlhf.preference_objective": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "batch": rlhf.PairDataset([pair_of_examples()], 1, 0)[0],
+    },
+    "rlhf.train_reward_model": lambda: {
+        "backbone": lm(),
+        "pairs": [pair_of_examples()],
+        "pad_id": 0,
+        "n_steps": 1,
+        "batch_size": 1,
+    },
+    "rlhf.score_rows": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "rows": [[1, 2], [3]],
+        "pad_id": 0,
+    },
+    "rlhf.score_pairs": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "pairs": [pair_of_examples()],
+        "pad_id": 0,
+    },
+    "rlhf.pessimistic": {"rewards": torch.zeros(2, 3)},
+    "rlhf.question_prompts": lambda: {"tokenizer": chat_bpe(), "questions": [question()]},
+    "rlhf.write_responses": lambda: {
+        "model": chat_policy(),
+        "prompts": chat_prompts(),
+        "tokenizer": chat_bpe(),
+        "max_new_tokens": 2,
+    },
+    "rlhf.each": lambda: {"function": lambda prompt, response: 1.0},
+    "rlhf.rewards_of": lambda: {
+        "reward": lengths_liked(),
+        "prompts": [rlhf.Prompt((1,))] * 2,
+        "responses": two_responses(),
+    },
+    "rlhf.world_reward": {},
+    "rlhf.LearnedReward": lambda: {"model": rlhf.RewardModel(lm()), "pad_id": 0},
+    "rlhf.best_of_n_kl": {"n": 4},
+    "rlhf.expected_best": {"scores": torch.zeros(2, 4), "values": torch.zeros(2, 4), "n": 2},
+    "rlhf.leave_one_out": {"rewards": torch.zeros(2, 3)},
+    "rlhf.kl_estimates": {"log_probs": torch.zeros(2, 3), "reference": torch.zeros(2, 3)},
+    "rlhf.generalized_advantages": advantage_call,
+    "rlhf.clipped_terms": clipped_call,
+    "rlhf.loss_sums": {},
+    "rlhf.aggregate": {},
+    "rlhf.clipped_loss": lambda: clipped_call() | {"mask": torch.ones(2, 4, dtype=torch.bool)},
+    "rlhf.sequence_log_probs": {},
+    "rlhf.whitened": {},
+    "rlhf.on_tokens": {},
+    "rlhf.as_rollouts": lambda: {
+        "prompts": [rlhf.Prompt((1, 2, 3))],
+        "responses": [two_responses()],
+        "rewards": torch.zeros(2),
+        "pad_id": 0,
+    },
+    "rlhf.score_rollouts": lambda: {"model": lm(), "rollouts": rollouts()},
+    "rlhf.RolloutBatches": lambda: {
+        "policy": chat_policy(),
+        "prompts": chat_prompts(),
+        "reward": lengths_liked(),
+        "credit": rlhf.LeaveOneOutCredit(),
+        "tokenizer": chat_bpe(),
+        "n_prompts": 2,
+    },
+    "rlhf.ActorCritic": lambda: {"policy": lm()},
+    "rlhf.token_rewards": lambda: {"rollouts": rollouts()},
+    "rlhf.CriticCredit": lambda: {"critic": rlhf.RewardModel(lm())},
+    "rlhf.LeaveOneOutCredit": {},
+    "rlhf.policy_objective": lambda: {"model": lm(), "batch": rollouts()},
+    "rlhf.PPO": {},
+    "rlhf.train_ppo": lambda: {
+        "policy": chat_policy(),
+        "prompts": chat_prompts(),
+        "reward": lengths_liked(),
+        "settings": rlhf.PPO(n_steps=1, n_prompts=2, max_new_tokens=2),
+        "tokenizer": chat_bpe(),
     },
 }
 
