@@ -19,6 +19,7 @@ from llmbook import (
     corpus,
     deduplication,
     distributed,
+    dpo,
     evaluation,
     generation,
     instruction,
@@ -27,6 +28,7 @@ from llmbook import (
     optimization,
     positions,
     precision,
+    rlhf,
     scaling,
     subwords,
     tinyworld,
@@ -37,7 +39,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed instruction lora"
+    "distributed instruction lora dpo"
 ).split()
 
 # What is left out, and why.
@@ -103,6 +105,7 @@ NOT_TRIED = {
     "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
+    "dpo.check_vectors",  # it names what the caller calls the arguments
     "evaluation.as_numbers",  # it names what the caller calls the argument
     "instruction.Tuned",
     "instruction.tuned",  # trains for 20 seconds: tests/test_instruction_runs.py
@@ -1057,6 +1060,78 @@ EXAMPLES |= {
     },
 }
 
+
+def reply_pairs() -> list[rlhf.Pair]:
+    return rlhf.world_pairs(world(), tinyworld.make_questions(world(), "unknown", "tuning")[:3])
+
+
+def preference_pairs(**changes: Any) -> dpo.PreferencePairs:
+    given = {"pairs": reply_pairs(), "tokenizer": chat_bpe(), "batch_size": 2}
+    return dpo.PreferencePairs(**given | {"reference": chatting()["model"]} | changes)
+
+
+def preferring() -> dict[str, Any]:
+    settings = dpo.PreferenceTuning(n_steps=1, batch_size=2, n_texts=0)
+    return chatting() | {"pairs": reply_pairs(), "settings": settings}
+
+
+def sampled_pairs() -> dict[str, Any]:
+    asked = tinyworld.make_questions(world(), "unknown", "tuning")[:2]
+    return {
+        "policy": chatting()["model"],
+        "reference": chatting()["model"],
+        "tokenizer": chat_bpe(),
+        "prompts": rlhf.question_prompts(chat_bpe(), asked),
+        "reward": rlhf.each(lambda prompt, response: float(len(response.ids))),
+        "n_prompts": 2,
+        "samples": 2,
+        "max_new_tokens": 2,
+    }
+
+
+# Pairs of replies, of which one is preferred
+EXAMPLES |= {
+    "dpo.dpo_loss": {
+        name: torch.zeros(2)
+        for name in ("chosen", "rejected", "reference_chosen", "reference_rejected")
+    },
+    "dpo.kto_loss": {
+        "log_probs": torch.zeros(2),
+        "reference": torch.zeros(2),
+        "desirable": torch.tensor([True, False]),
+        "kl": torch.tensor(0.0),
+    },
+    "dpo.check_options": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.1, "margin": 0.0},
+    "dpo.log_odds": {"log_probs": torch.tensor([-0.5, -1.0])},
+    "dpo.implicit_rewards": {"log_probs": torch.zeros(2), "reference": torch.zeros(2), "beta": 0.1},
+    "dpo.response_sums": {"inputs": IDS, "targets": IDS},
+    "dpo.sum_log_probs": lambda: {"model": lm(), "examples": chat_examples()},
+    "dpo.pair_log_probs": lambda: {
+        "model": lm(),
+        "pairs": [rlhf.ExamplePair(*chat_examples()[:2])],
+    },
+    "dpo.as_tensors": lambda: {"examples": chat_examples(), "pad_id": 0},
+    "dpo.PreferencePairs": lambda: {
+        "pairs": reply_pairs(),
+        "tokenizer": chat_bpe(),
+        "context_length": 64,
+    },
+    "dpo.PreferencePairs.load_state_dict": lambda: {"state": preference_pairs().state_dict()},
+    "dpo.SampledPairs.load_state_dict": lambda: {
+        "state": dpo.SampledPairs(**sampled_pairs()).state_dict()
+    },
+    "dpo.dpo_objective": lambda: {
+        "model": chatting()["model"],
+        "batch": preference_pairs()[0],
+    },
+    "dpo.balanced": lambda: {"pairs": reply_pairs(), "shares": {"unknown": 1}, "n": 2},
+    "dpo.PreferenceTuning": {},
+    "dpo.PreferenceTuning.training": {"n_rows": 3},
+    "dpo.prefer": preferring,
+    "dpo.SampledPairs": sampled_pairs,
+    "dpo.SampledPairs.make_round": {"number": 0},
+}
+
 # Objects whose methods are tried as well.
 OBJECTS: dict[str, Callable[[], Any]] = {
     "tinyworld.TinyWorld": world,
@@ -1100,6 +1175,9 @@ OBJECTS: dict[str, Callable[[], Any]] = {
         chat_examples(), 2, 8, 0
     ),
     "distributed.PrepareConfig": distributed.PrepareConfig,
+    "dpo.PreferencePairs": preference_pairs,
+    "dpo.PreferenceTuning": dpo.PreferenceTuning,
+    "dpo.SampledPairs": lambda: dpo.SampledPairs(**sampled_pairs()),
     "scaling.ScalingLaw": lambda: scaling_law(),
     "scaling.ScalingFit": lambda: scaling_fit(),
     "scaling.BudgetGame": lambda: scaling.BudgetGame(scaling_law(), 1e15),
