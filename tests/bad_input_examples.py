@@ -21,12 +21,14 @@ from llmbook import (
     distributed,
     evaluation,
     generation,
+    grpo,
     instruction,
     lora,
     model,
     optimization,
     positions,
     precision,
+    rlhf,
     scaling,
     subwords,
     tinyworld,
@@ -37,7 +39,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed instruction lora"
+    "distributed instruction lora rlhf grpo"
 ).split()
 
 # What is left out, and why.
@@ -112,6 +114,13 @@ NOT_TRIED = {
     "instruction.Message",
     "instruction.Turn",
     "instruction.Example",
+    # They name what the caller calls the argument.
+    "rlhf.check_number",
+    "grpo.check_like",
+    "grpo.check_variant",
+    # A run of minutes that is kept; a log that a trainer calls.
+    "rlhf.aligned",
+    "rlhf.RolloutLog",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -121,6 +130,7 @@ NOT_TRIED = {
     "lora.tuning_run",
     "lora.storage_run",
     "lora.new_facts",
+    "grpo.partly_right",
     # They need other processes: tests/test_distributed_trainer.py has them.
     "distributed.Ranks",
     "distributed.shard_by_torch",
@@ -998,6 +1008,91 @@ def new_fact() -> lora.NewFact:
     return lora.NewFact(instruction.Example((1, 2, 3), (False, True, True)), 1, {2: 1, 4: 1})
 
 
+def token_numbers() -> dict[str, Any]:
+    """Log-probabilities of two responses, by two policies, and their advantages."""
+    return {
+        "log_probs": -torch.ones(2, 6),
+        "old_log_probs": -torch.ones(2, 6),
+        "advantages": torch.ones(2, 6),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+    }
+
+
+def grouped() -> dict[str, Any]:
+    """A policy that asks itself two questions, and gets a reward for each token."""
+    asked = tinyworld.make_questions(world(), "fact", "tuning")[:2]
+    small = {"n_steps": 1, "n_prompts": 2, "samples": 2, "max_new_tokens": 2}
+    return {
+        "policy": chatting()["model"],
+        "prompts": rlhf.question_prompts(chat_bpe(), asked),
+        "reward": rlhf.each(lambda prompt, response: float(len(response.ids))),
+        "settings": grpo.GRPO(**small),
+        "tokenizer": chat_bpe(),
+    }
+
+
+def grouped_batches() -> grpo.GroupBatches:
+    return grpo.group_batches(**grouped())
+
+
+def opinions() -> dict[str, Any]:
+    """Log-probabilities of two responses, by their writer and by somebody else."""
+    numbers = token_numbers()
+    return {"log_probs": numbers["log_probs"], "mask": numbers["mask"]}
+
+
+# Rewards that can be checked
+EXAMPLES |= {
+    "grpo.right_and_ended": lambda: {"world": world()},
+    "grpo.group_advantages": {"rewards": torch.eye(2)},
+    "grpo.informative": {"rewards": torch.eye(2)},
+    "grpo.policy_gradient_loss": lambda: {
+        name: value for name, value in token_numbers().items() if name != "old_log_probs"
+    },
+    "grpo.Variant": {},
+    "grpo.log_ratios": lambda: {
+        name: value for name, value in token_numbers().items() if name != "advantages"
+    },
+    "grpo.grpo_terms": token_numbers,
+    "grpo.grpo_loss": lambda: token_numbers() | {"reference": -torch.ones(2, 6), "kl_weight": 0.1},
+    "grpo.kl_penalty": lambda: opinions() | {"reference": -torch.ones(2, 6), "kl_weight": 0.1},
+    "grpo.importance_weights": lambda: opinions() | {"behavior": -torch.ones(2, 6)},
+    "grpo.GroupCredit": {},
+    "grpo.GroupBatches": lambda: {
+        "n_prompts": 2,
+        "samples": 2,
+        "max_new_tokens": 2,
+        "credit": grpo.GroupCredit(),
+        **{name: value for name, value in grouped().items() if name != "settings"},
+    },
+    "grpo.GroupBatches.make_rollout": {"number": 0},
+    "grpo.GroupBatches.load_state_dict": lambda: {"state": grouped_batches().state_dict()},
+    "grpo.grpo_objective": lambda: {"model": chatting()["model"], "batch": grouped_batches()[0]},
+    "grpo.GRPO": {},
+    "grpo.GRPO.training": {"batch_size": 4},
+    "grpo.group_batches": grouped,
+    "grpo.train_grpo": grouped,
+    "grpo.distillation_loss": lambda: {
+        "student": torch.zeros(2, 6, 11),
+        "teacher": torch.zeros(2, 6, 11),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+    },
+    "grpo.sampled_distillation_loss": lambda: opinions() | {"teacher": -torch.ones(2, 6)},
+    "grpo.TeacherCredit": {},
+    "grpo.distillation_objective": lambda: {
+        "model": chatting()["model"],
+        "batch": grouped_batches()[0],
+        "teacher": chatting()["model"],
+    },
+    "grpo.train_distilled": lambda: {
+        "student": chatting()["model"],
+        "teacher": chatting()["model"],
+        **{name: value for name, value in grouped().items() if name not in ("policy", "reward")},
+    },
+    "grpo.two_step_questions": lambda: {"world": world(), "split": "tuning"},
+}
+
+
 def new_folder() -> str:
     return tempfile.mkdtemp(dir=".")
 
@@ -1057,6 +1152,168 @@ EXAMPLES |= {
     },
 }
 
+
+def pair_of_examples() -> rlhf.ExamplePair:
+    first = instruction.Example((1, 2, 3), (False, True, True))
+    return rlhf.ExamplePair(first, instruction.Example((1, 4, 3), (False, True, True)))
+
+
+def world_pair() -> rlhf.Pair:
+    return rlhf.Pair(question(), "Yes.", "No.")
+
+
+def preference_file() -> str:
+    return written("pairs.jsonl", b'{"prompt": "Who?", "chosen": "I.", "rejected": "No."}')
+
+
+def two_responses() -> list[rlhf.Response]:
+    return [
+        rlhf.Response((4, 5), (-1.0, -2.0), True, "I."),
+        rlhf.Response((6,), (-1.0,), False, ""),
+    ]
+
+
+def rollouts() -> rlhf.Rollouts:
+    rows = [two_responses()]
+    found = rlhf.as_rollouts([rlhf.Prompt((1, 2, 3))], rows, torch.tensor([1.0, -1.0]), pad_id=0)
+    return found._replace(advantages=torch.zeros(found.inputs.shape))
+
+
+def chat_policy() -> model.TransformerLM:
+    return model.TransformerLM(config(vocab_size=chat_bpe().vocab_size, context_length=64))
+
+
+def chat_prompts() -> list[rlhf.Prompt]:
+    ids = instruction.WORLD_CHAT.encode(chat_bpe(), conversation()[:1], prompt=True).ids
+    return [rlhf.Prompt(tuple(ids), question())] * 2
+
+
+def lengths_liked() -> Any:
+    return rlhf.each(lambda prompt, response: float(len(response.ids)))
+
+
+def rollout_batches() -> rlhf.RolloutBatches:
+    sizes = {"n_prompts": 2, "samples": 2, "max_new_tokens": 2}
+    return rlhf.RolloutBatches(
+        chat_policy(),
+        chat_prompts(),
+        lengths_liked(),
+        rlhf.LeaveOneOutCredit(),
+        tokenizer=chat_bpe(),
+        **sizes,
+    )
+
+
+def advantage_call() -> dict[str, Any]:
+    """Two responses, of which the first was cut off."""
+    mask = torch.tensor([[False, True, True, False]] * 2)
+    numbers = torch.ones(2, 4)
+    finished = torch.tensor([False, True])
+    return {"rewards": numbers, "values": numbers, "mask": mask, "finished": finished}
+
+
+def clipped_call() -> dict[str, Any]:
+    return {name: torch.ones(2, 4) for name in ("log_probs", "old_log_probs", "advantages")}
+
+
+EXAMPLES |= {
+    "rlhf.true_reward": lambda: {"question": question(), "reply": "No."},
+    "rlhf.world_pairs": lambda: {"questions": [question()]},
+    "rlhf.judged_pairs": lambda: {"questions": [question()], "first": ["Yes."], "second": ["No."]},
+    "rlhf.alignment_questions": {"n_each": 2},
+    "rlhf.alignment_pairs": {},
+    "rlhf.read_preferences": lambda: {"path": preference_file()},
+    "rlhf.bradley_terry_loss": {},
+    "rlhf.at_last_token": {},
+    "rlhf.RewardModel": lambda: {"backbone": lm()},
+    "rlhf.pair_examples": lambda: {
+        "tokenizer": chat_bpe(),
+        "template": instruction.WORLD_CHAT,
+        "pairs": [world_pair()],
+        "limit": 64,
+    },
+    "rlhf.padded": {"rows": [[1, 2], [3]], "pad_id": 0},
+    "rlhf.PairDataset": lambda: {"pairs": [pair_of_examples()], "batch_size": 1, "pad_id": 0},
+    "rlhf.in_turns": {"first": 0, "n": 2, "size": 3},
+    "rlhf.preference_objective": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "batch": rlhf.PairDataset([pair_of_examples()], 1, 0)[0],
+    },
+    "rlhf.train_reward_model": lambda: {
+        "backbone": lm(),
+        "pairs": [pair_of_examples()],
+        "pad_id": 0,
+        "n_steps": 1,
+        "batch_size": 1,
+    },
+    "rlhf.score_rows": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "rows": [[1, 2], [3]],
+        "pad_id": 0,
+    },
+    "rlhf.score_pairs": lambda: {
+        "model": rlhf.RewardModel(lm()),
+        "pairs": [pair_of_examples()],
+        "pad_id": 0,
+    },
+    "rlhf.pessimistic": {"rewards": torch.zeros(2, 3)},
+    "rlhf.question_prompts": lambda: {"tokenizer": chat_bpe(), "questions": [question()]},
+    "rlhf.write_responses": lambda: {
+        "model": chat_policy(),
+        "prompts": chat_prompts(),
+        "tokenizer": chat_bpe(),
+        "max_new_tokens": 2,
+    },
+    "rlhf.each": lambda: {"function": lambda prompt, response: 1.0},
+    "rlhf.rewards_of": lambda: {
+        "reward": lengths_liked(),
+        "prompts": [rlhf.Prompt((1,))] * 2,
+        "responses": two_responses(),
+    },
+    "rlhf.world_reward": {},
+    "rlhf.LearnedReward": lambda: {"model": rlhf.RewardModel(lm()), "pad_id": 0},
+    "rlhf.best_of_n_kl": {"n": 4},
+    "rlhf.expected_best": {"scores": torch.zeros(2, 4), "values": torch.zeros(2, 4), "n": 2},
+    "rlhf.leave_one_out": {"rewards": torch.zeros(2, 3)},
+    "rlhf.kl_estimates": {"log_probs": torch.zeros(2, 3), "reference": torch.zeros(2, 3)},
+    "rlhf.generalized_advantages": advantage_call,
+    "rlhf.clipped_terms": clipped_call,
+    "rlhf.loss_sums": {},
+    "rlhf.aggregate": {},
+    "rlhf.clipped_loss": lambda: clipped_call() | {"mask": torch.ones(2, 4, dtype=torch.bool)},
+    "rlhf.sequence_log_probs": {},
+    "rlhf.whitened": {},
+    "rlhf.on_tokens": {},
+    "rlhf.as_rollouts": lambda: {
+        "prompts": [rlhf.Prompt((1, 2, 3))],
+        "responses": [two_responses()],
+        "rewards": torch.zeros(2),
+        "pad_id": 0,
+    },
+    "rlhf.score_rollouts": lambda: {"model": lm(), "rollouts": rollouts()},
+    "rlhf.RolloutBatches": lambda: {
+        "policy": chat_policy(),
+        "prompts": chat_prompts(),
+        "reward": lengths_liked(),
+        "credit": rlhf.LeaveOneOutCredit(),
+        "tokenizer": chat_bpe(),
+        "n_prompts": 2,
+    },
+    "rlhf.ActorCritic": lambda: {"policy": lm()},
+    "rlhf.token_rewards": lambda: {"rollouts": rollouts()},
+    "rlhf.CriticCredit": lambda: {"critic": rlhf.RewardModel(lm())},
+    "rlhf.LeaveOneOutCredit": {},
+    "rlhf.policy_objective": lambda: {"model": lm(), "batch": rollouts()},
+    "rlhf.PPO": {},
+    "rlhf.train_ppo": lambda: {
+        "policy": chat_policy(),
+        "prompts": chat_prompts(),
+        "reward": lengths_liked(),
+        "settings": rlhf.PPO(n_steps=1, n_prompts=2, max_new_tokens=2),
+        "tokenizer": chat_bpe(),
+    },
+}
+
 # Objects whose methods are tried as well.
 OBJECTS: dict[str, Callable[[], Any]] = {
     "tinyworld.TinyWorld": world,
@@ -1100,6 +1357,8 @@ OBJECTS: dict[str, Callable[[], Any]] = {
         chat_examples(), 2, 8, 0
     ),
     "distributed.PrepareConfig": distributed.PrepareConfig,
+    "grpo.GRPO": grpo.GRPO,
+    "grpo.GroupBatches": grouped_batches,
     "scaling.ScalingLaw": lambda: scaling_law(),
     "scaling.ScalingFit": lambda: scaling_fit(),
     "scaling.BudgetGame": lambda: scaling.BudgetGame(scaling_law(), 1e15),
